@@ -1,0 +1,111 @@
+"""The base: where it comes from, what it runs on and in, and the digest it is recognised by."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from moecl.data import assets
+from moecl.errors import BaseError, ConfigError
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A base as loaded; `id` is what the user called it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    id: str
+
+
+def load_backbone(name: str, precision: str = "fp32", device: str = "cpu", progress: Any = None) -> Backbone:
+    """An asset's name, a hub id or a folder; `precision` fp32 or bf16. Raises BaseError, AssetError. No remote code."""
+    source = assets.resolve_base(name, progress=progress) if assets.is_asset(name) else name
+    try:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[precision], trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        known = ", ".join(assets.ASSETS)
+        raise BaseError(
+            f"base: cannot load {name!r} ({reason}); give a hub id, a folder with config.json, or an asset: {known}"
+        ) from error
+    return Backbone(model.to(device), tokenizer, name)  # type: ignore[arg-type]
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars and no advice of transformers' own while a base is loaded."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def resolve_device(device: str) -> str:
+    """`auto` is the first of cuda, mps and cpu that is there."""
+    if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"train.device: {device!r} cannot be used here ({reason}); use auto or cpu") from error
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def resolve_precision(precision: str, device: str) -> tuple[str, str]:
+    """(fp32 or bf16, why). `auto` asks what the processor can do and never times it."""
+    if precision != "auto":
+        return precision, "as asked"
+    if device.startswith("cuda"):
+        major, minor = torch.cuda.get_device_capability(device)
+        fast = major >= 8
+        return ("bf16" if fast else "fp32"), f"a GPU of compute capability {major}.{minor}"
+    if device == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return ("bf16", "the processor has bf16 units") if fast else ("fp32", "the processor has no bf16 units")
+    return "fp32", f"bf16 is not measured on {device}"
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """A digest of every weight's name, type, shape and bytes, whatever files they came from."""
+    tensors = sorted(model.state_dict().items())
+
+    def digest(item: tuple[str, torch.Tensor]) -> bytes:
+        name, tensor = item
+        head = f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+        flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        return hashlib.sha256(head + hashlib.sha256(flat.numpy().data).digest()).digest()
+
+    with ThreadPoolExecutor() as pool:  # sha256 of a large buffer runs outside the interpreter's lock
+        return hashlib.sha256(b"".join(pool.map(digest, tensors))).hexdigest()
+
+
+def dtype_name(model: nn.Module) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def is_folder(name: str) -> bool:
+    return Path(name).is_dir()

@@ -1,0 +1,58 @@
+"""One cell of R: a task's score on a split, as the engine answers it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from moecl import metrics
+from moecl.config import Task
+from moecl.data.encode import Encoded
+from moecl.data.task import Split
+from moecl.engine import Engine, Request
+from moecl.model import Entry
+
+SPARE_TOKENS = 8  # that an answer may be longer than the longest reference, before it is cut
+
+
+@dataclass(frozen=True)
+class Score:
+    """A task's score by its metric, in [0, 1], and the recall of each class."""
+
+    score: float
+    metric: str
+    rows: int
+    per_class_recall: dict[str, float | None]
+
+
+METRICS: Mapping[str, Callable[[Sequence[str], Sequence[str]], float | None]] = {
+    "accuracy": metrics.accuracy,
+    "macro_f1": metrics.macro_f1,
+    "exact_match": metrics.exact_match,
+    "rouge_l": metrics.rouge_l,
+}
+
+
+def evaluate_task(engine: Engine, entry: Entry, split: Split, rows: Sequence[Encoded]) -> Score:
+    """Score `entry` on a split; `rows` are its examples, encoded without answers."""
+    encoder = engine.encoder(entry.task)
+    requests = [Request(entry, encoder, row) for row in rows]
+    found = engine.answer(requests, longest_answer(engine, entry.task, split))
+    given = [prediction.label for prediction in found]
+    true = references(entry.task, split)
+    score = METRICS[entry.task.metric](true, given)
+    assert score is not None, "a split has at least one row"
+    recall = metrics.per_class_recall(true, given, list(entry.task.labels)) if entry.task.labels else {}
+    return Score(score, entry.task.metric, len(true), recall)
+
+
+def references(task: Task, split: Split) -> list[str]:
+    if task.kind == "classification":
+        return [example.label or "" for example in split.examples]
+    return [(example.completion or "").strip() for example in split.examples]
+
+
+def longest_answer(engine: Engine, task: Task, split: Split) -> int:
+    """Tokens a generated answer may have: those of the longest reference and a few."""
+    if task.kind == "classification":
+        return 1
+    lengths = engine.tokenizer(references(task, split), add_special_tokens=False)["input_ids"]
+    return max(map(len, lengths)) + SPARE_TOKENS

@@ -1,0 +1,77 @@
+"""MoE-CL: https://arxiv.org/abs/2509.18133.
+
+Each task trains an expert of its own beside one that all tasks share; a gate mixes the two per token; a discriminator
+guesses the task from the shared expert's output, and the shared expert is trained to fool it:
+
+    experts, gate, head minimise L_SFT - alpha L_GAN; the discriminator minimises L_GAN.
+
+Trains: shared expert, the task's expert, gate and head, discriminator. Stores: a task's expert, gate and head, and with
+retention `exact` its copy of the shared expert; for further learning the shared expert, the discriminators and a mean
+and a variance a layer and task. Needs the task id to answer. Defaults: DESIGN section 2; `MoECLConfig.paper()` is the
+published setting.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from moecl.config import MoECLConfig, Task
+from moecl.methods.base import Finished, Method, Parts
+from moecl.nn.gated import GatedLearner, tensors, to_tensors
+from moecl.nn.lora import Geometry
+
+
+class MoECLMethod(Method):
+    name = "moe-cl"
+    config: MoECLConfig
+    state: GatedLearner
+
+    def __init__(self, config: MoECLConfig, geometry: Geometry, seed: int) -> None:
+        self.config = config
+        self.state = GatedLearner(geometry, config, seed)
+        self.reads_features = self.state.adversary is not None
+
+    def begin(self, task: Task) -> Parts:
+        return self.state.begin(task.name, labels(task))
+
+    def preview(self, task: Task) -> Parts | None:
+        return None if task.head == "classifier" else self.state.preview(task.name)
+
+    def groups(self) -> dict[str, list]:  # type: ignore[type-arg]
+        return self.state.groups()
+
+    def penalty(self, features: Mapping[int, Tensor], step: int) -> Tensor:
+        return self.state.loss(features, step)
+
+    def finish(self) -> Finished:
+        parts = self.state.finish()
+        moved = {}
+        if self.config.retention == "live":
+            moved["shared"] = tensors(parts.shared)
+            if self.state.gate is not None:
+                moved["gate"] = tensors(parts.gate)
+        settings = {"scale": parts.scale, "retention": self.config.retention}
+        return Finished("gated", settings, to_tensors(parts), moved, parts)
+
+    def export(self) -> dict[str, dict[str, Tensor]]:
+        return self.state.export()
+
+    def restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.state.restore(state)
+
+    def adopt(self, parts: Parts) -> Parts:
+        if self.config.retention == "exact":
+            return parts
+        return replace(parts, shared=self.state.shared, gate=self.state.gate or parts.gate)
+
+    def log(self) -> dict[str, float]:
+        adversary = self.state.adversary
+        if adversary is None or adversary.accuracy is None:
+            return {}
+        return {"discriminator_accuracy": float(adversary.accuracy)}
+
+
+def labels(task: Task) -> int:
+    """Rows of the task's classifier head; 0 where the language model answers."""
+    return len(task.labels or ()) if task.head == "classifier" else 0

@@ -1,0 +1,230 @@
+"""Find the FFNs of a base, put a `MoEFFN` in the place of each one's forward, and give the base back.
+
+Families differ only in what their projections are called, so one table of names serves all. Whatever matches the
+table is run once against the original FFN and refused unless both agree bitwise.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache
+
+from moecl.errors import BaseError
+from moecl.nn.lora import GATED, UNGATED, Geometry
+from moecl.nn.moe_ffn import FFN, MoEFFN, current_call, run_with
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a family calls its projections; `block` is the FFN's name in a decoder layer, "" for the layer itself."""
+
+    families: str
+    up: str
+    down: str
+    activation: str
+    gate: str | None = None
+    fused: bool = False  # `up` holds gate and up, in this order
+    block: str = "mlp"
+    model_types: tuple[str, ...] = ()  # needed where the FFN cannot be run alone
+
+
+TABLE = (
+    Names(
+        "Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3, OLMo2, SmolLM3", "up_proj", "down_proj", "act_fn", "gate_proj"
+    ),
+    Names("Phi-3", "gate_up_proj", "down_proj", "activation_fn", fused=True),
+    Names("GPT-2", "c_fc", "c_proj", "act"),
+    Names("GPT-NeoX, Pythia", "dense_h_to_4h", "dense_4h_to_h", "act"),
+    Names("Phi", "fc1", "fc2", "activation_fn"),
+    Names("OPT", "fc1", "fc2", "activation_fn", block="", model_types=("opt",)),
+)
+SUPPORTED = "; ".join(names.families for names in TABLE)
+
+Forward = Callable[..., Any]
+
+
+class Injected:
+    """A base with its FFNs replaced; `detach` undoes it. Only `forward` attributes change, no module, no weight."""
+
+    def __init__(self, base: nn.Module, adapt_layers: int | str) -> None:
+        check_base(base)
+        layers = decoder_layers(base)
+        count = len(layers) if adapt_layers == "all" else int(adapt_layers)
+        if count > len(layers):
+            raise BaseError(f"method.adapt_layers: {count} is more than the base's {len(layers)} layers; use all")
+        self.base = base
+        self.layers = {index: layers[index] for index in range(len(layers) - count, len(layers))}
+        names = find_names(base, self.layers)
+        ffns = {index: take_apart(layer, names) for index, layer in self.layers.items()}
+        for index, layer in self.layers.items():
+            check_ffn(layer, ffns[index], names, index)
+        self.geometry = geometry(self.layers, names, len(layers))
+        self._undo: list[Callable[[], None]] = []
+        for index, layer in self.layers.items():
+            self._inject(layer, ffns[index], names, index)
+        self._hooks = [layers[0].register_forward_pre_hook(_note_batch, with_kwargs=True)]
+        self._hooks.append(base.get_output_embeddings().register_forward_pre_hook(_keep_answers))
+        self._checkpointed = False
+
+    def _inject(self, layer: nn.Module, ffn: FFN, names: Names, index: int) -> None:
+        if names.block:
+            block = getattr(layer, names.block)
+            self._replace(block, MoEFFN(ffn, block.forward, index))
+        else:  # the FFN is spelled out in the layer: the first projection does it all, the rest pass it on
+            self._replace(getattr(layer, names.up), MoEFFN(ffn, ffn, index))
+            self._replace(getattr(layer, names.activation), _identity)
+            self._replace(getattr(layer, names.down), _identity)
+
+    def _replace(self, module: nn.Module, forward: Forward) -> None:
+        was = module.__dict__.get("forward")
+
+        def undo() -> None:
+            if was is None:
+                del module.forward
+            else:
+                module.forward = was
+
+        module.forward = forward  # type: ignore[method-assign]
+        self._undo.append(undo)
+
+    def checkpoint(self, on: bool) -> None:
+        """Recompute each adapted layer in backward instead of keeping its activations (non-reentrant).
+
+        Ours and not transformers', which does it in train mode alone; the base is always in eval mode.
+        """
+        if on and not self._checkpointed:
+            for layer in self.layers.values():
+                self._replace(layer, partial(_checkpointed, layer.forward))
+            self._checkpointed = True
+        elif self._checkpointed and not on:
+            for _ in self.layers:
+                self._undo.pop()()
+            self._checkpointed = False
+
+    def detach(self) -> nn.Module:
+        while self._undo:
+            self._undo.pop()()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._checkpointed = [], False
+        return self.base
+
+
+def _checkpointed(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    call = current_call()
+    if not torch.is_grad_enabled() or call is None:
+        return forward(*args, **kwargs)
+    contexts = lambda: (nullcontext(), run_with(call.replay()))  # noqa: E731
+    # A KV cache would be filled once more by the recomputation; transformers drops it here too.
+    args = tuple(None if isinstance(arg, Cache) else arg for arg in args)
+    kwargs = {name: None if isinstance(arg, Cache) else arg for name, arg in kwargs.items()}
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+def _identity(hidden_states: Tensor) -> Tensor:
+    return hidden_states
+
+
+def _note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if (call := current_call()) is not None:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        call.batch_size = hidden_states.shape[0]
+
+
+def _keep_answers(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """Only the answer positions reach the language-model head: (B, T, D) -> (answers, D)."""
+    call = current_call()
+    if call is None or call.answers is None:
+        return None
+    return (args[0][call.answers], *args[1:])
+
+
+def check_base(base: nn.Module) -> None:
+    """Refuse what the adapter cannot serve: a quantised base, one spread over devices, no causal LM."""
+    quantisation = getattr(getattr(base, "config", None), "quantization_config", None)
+    if getattr(base, "is_quantized", False) or quantisation is not None:
+        raise BaseError("base: quantised weights are not supported yet; load the base in float32 or bfloat16")
+    odd = {str(p.dtype) for p in base.parameters() if not p.dtype.is_floating_point}
+    if odd:
+        raise BaseError(f"base: weights of type {', '.join(sorted(odd))}; load the base in float32 or bfloat16")
+    devices = sorted({str(parameter.device) for parameter in base.parameters()})
+    if len(devices) > 1:
+        raise BaseError(f"base: spread over {', '.join(devices)}; load it on one device (no device_map)")
+    if getattr(base, "get_output_embeddings", lambda: None)() is None:
+        raise BaseError(f"base: {type(base).__name__} is no causal language model; load it with AutoModelForCausalLM")
+    if any(isinstance(module.__dict__.get("forward"), MoEFFN) for module in base.modules()):
+        raise BaseError("base: it has an adapter already; detach that one first")
+
+
+def decoder_layers(base: nn.Module) -> nn.ModuleList:
+    """The base's decoder layers: the longest list of modules in its text model, for it may have another for images."""
+    text_model = base.get_decoder()  # type: ignore[operator]
+    lists = [module for module in text_model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        raise BaseError(f"base: found no list of decoder layers in {type(base).__name__}; supported: {SUPPORTED}")
+    return max(lists, key=len)
+
+
+def find_names(base: nn.Module, layers: dict[int, nn.Module]) -> Names:
+    """The entry of the table that fits every layer."""
+    model_type = getattr(getattr(base, "config", None), "model_type", "")
+    possible = [names for names in TABLE if not names.model_types or model_type in names.model_types]
+    for names in possible:
+        if all(_fits(layer, names) for layer in layers.values()):
+            return names
+    index = next((i for i, layer in layers.items() if not any(_fits(layer, names) for names in possible)), min(layers))
+    found = ", ".join(f"{name}: {type(child).__name__}" for name, child in layers[index].named_children())
+    raise BaseError(f"base: no FFN we know in {type(base).__name__}'s layer {index} ({found}); supported: {SUPPORTED}")
+
+
+def _fits(layer: nn.Module, names: Names) -> bool:
+    block = getattr(layer, names.block, None) if names.block else layer
+    wanted = [name for name in (names.up, names.down, names.activation, names.gate) if name]
+    return all(hasattr(block, name) for name in wanted)
+
+
+def take_apart(layer: nn.Module, names: Names) -> FFN:
+    block = getattr(layer, names.block) if names.block else layer
+    up: Forward = getattr(block, names.up).forward
+    down: Forward = getattr(block, names.down).forward
+    activation: Forward = getattr(block, names.activation).forward
+    if names.fused:
+        return FFN(lambda x: up(x).chunk(2, dim=-1), activation, down, GATED, fused=True)
+    if names.gate is None:
+        return FFN(lambda x: (None, up(x)), activation, down, UNGATED)
+    gate: Forward = getattr(block, names.gate).forward
+    return FFN(lambda x: (gate(x), up(x)), activation, down, GATED)
+
+
+@torch.no_grad()
+def check_ffn(layer: nn.Module, ffn: FFN, names: Names, index: int) -> None:
+    """The FFN taken apart must compute what the original computes, bitwise."""
+    if not names.block:
+        return
+    block = getattr(layer, names.block)
+    weight = next(block.parameters())
+    x = torch.linspace(-1, 1, _widths(layer, names)[0], dtype=weight.dtype, device=weight.device)[None, None]
+    if not torch.equal(block(x), ffn(x)):
+        raise BaseError(
+            f"base: the FFN of layer {index} ({type(block).__name__}) does more than its projections and activation; "
+            f"supported: {SUPPORTED}"
+        )
+
+
+def _widths(layer: nn.Module, names: Names) -> tuple[int, int]:
+    """(D, F). Linear keeps [out, in], GPT-2's Conv1D [in, out]."""
+    weight = getattr(getattr(layer, names.block) if names.block else layer, names.down)
+    shape = tuple(weight.weight.shape)
+    return shape if isinstance(weight, nn.Linear) else (shape[1], shape[0])
+
+
+def geometry(layers: dict[int, nn.Module], names: Names, num_layers: int) -> Geometry:
+    widths = [_widths(layer, names) for layer in layers.values()]
+    gated = names.gate is not None or names.fused
+    return Geometry(tuple(layers), widths[0][0], tuple(wide for _, wide in widths), gated, num_layers)

@@ -1,0 +1,47 @@
+"""The oracle: the mixture term by term as the paper writes it (arXiv 2509.18133, eq. 3-8), with nothing shared.
+
+Each expert runs the whole FFN, six base GEMMs for three, and the discriminator's input is the mean of a full y_s.
+Slow on purpose; `moe_ffn` must equal it, forward and gradients.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moecl.nn.lora import Expert
+from moecl.nn.moe_ffn import FFN, Gated
+
+
+@dataclass(frozen=True)
+class Mixed:
+    y: Tensor  # [B, T, D]
+    p: Tensor  # [B, D], the mean of y_s over real tokens
+    b: Tensor  # [B, T, 2], weights of (shared, task)
+
+
+def delta(x: Tensor, expert: Expert, layer: int, projection: str, scale: float) -> Tensor:
+    pair = expert.pair(layer, projection)
+    return scale * torch.einsum("or,ri,...i->...o", pair.lora_B.to(x.dtype), pair.lora_A.to(x.dtype), x)
+
+
+def expert_output(x: Tensor, ffn: FFN, expert: Expert, layer: int, scale: float) -> Tensor:
+    """y_e [..., D] of x [..., D]."""
+    gate, up = ffn.project(x)
+    up = up + delta(x, expert, layer, "up_proj", scale)
+    if gate is None:
+        h = ffn.activation(up)
+    else:
+        h = ffn.activation(gate + delta(x, expert, layer, "gate_proj", scale)) * up
+    return ffn.down(h) + delta(h, expert, layer, "down_proj", scale)
+
+
+def reference(x: Tensor, attention_mask: Tensor, ffn: FFN, parts: Gated, layer: int) -> Mixed:
+    """One FFN for rows x [B, T, D] that all have `parts`; attention_mask [B, T]."""
+    y_s = expert_output(x, ffn, parts.shared, layer, parts.scale)
+    y_t = expert_output(x, ffn, parts.task, layer, parts.scale)
+    logits = torch.einsum("btd,kd->btk", x, parts.gate.weight(layer).to(x.dtype))
+    b = torch.exp(logits) / torch.exp(logits).sum(dim=-1, keepdim=True)
+    y = b[..., 0:1] * y_s + b[..., 1:2] * y_t
+    rows = [y_s[row, attention_mask[row].bool()].mean(dim=0) for row in range(len(x))]
+    return Mixed(y, torch.stack(rows), b)

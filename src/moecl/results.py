@@ -1,0 +1,130 @@
+"""What a run leaves behind: result.json, with a schema version.
+
+JSON has no NaN: what was not measured is null, in R and everywhere else.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from moecl import metrics
+from moecl._atomic import atomic_write
+from moecl._yaml import dotted
+from moecl.errors import RunError
+
+SCHEMA: Final = 1
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: arrays as lists, NaN and infinities as None."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Plain = BeforeValidator(_plain)
+Details = Annotated[dict[str, Any], Plain]
+
+
+class SplitInfo(BaseModel):
+    """The rows of a split that a run used."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: str = Field(description="of the rows that were used")
+    rows: int = Field(ge=0, description="how many")
+    cut: int = Field(default=0, ge=0, description="how many of them were longer than max_length")
+
+
+class Result(BaseModel):
+    """One run: a stream learned by one method with one seed.
+
+    R: (T + 1) x T scores, row 0 before any task, None where not measured; nan is taken for None.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
+
+    # pydantic's own `schema` keeps the attribute from being called what the file calls it.
+    schema_version: Literal[1] = Field(default=SCHEMA, alias="schema", description="version of this format")
+    name: str | None = Field(default=None, description="the run's name")
+    method: str = Field(description="the method's name in the registry")
+    seed: int = Field(description="the seed")
+    tasks: list[str] = Field(description="names, in the order in which they were learned")
+    R: Annotated[list[list[float | None]], Plain] = Field(description="the score matrix")
+    metrics: Annotated[dict[str, float | None], Plain] = Field(
+        default_factory=dict, description="the numbers of metrics.summary; computed from R where not given"
+    )
+    seconds: float = Field(ge=0, description="wall-clock time of the whole run, resumptions added up")
+    data: dict[str, dict[str, SplitInfo]] = Field(default_factory=dict, description="task -> split -> its rows")
+    details: Annotated[dict[str, Details], Plain] = Field(
+        default_factory=dict, description="task -> what else is known"
+    )
+    environment: Details = Field(default_factory=dict, description="versions, device, dtype, threads")
+    digests: dict[str, dict[str, str]] = Field(default_factory=dict, description="task -> part -> sha256")
+    resumed: int = Field(default=0, ge=0, description="how often the run was started again")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _compute_metrics(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("metrics") and "R" in data:
+            return {**data, "metrics": metrics.summary(data["R"])}
+        return data
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> Self:
+        rows, columns = len(self.tasks) + 1, len(self.tasks)
+        if len(self.R) != rows or any(len(row) != columns for row in self.R):
+            raise ValueError(f"R must have {rows} rows of {columns} scores, for {columns} tasks")
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the file as a whole or not at all.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        text = json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False, allow_nan=False)
+        atomic_write(Path(path), text.encode() + b"\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            RunError: the file is missing, damaged or of another schema version.
+        """
+        data = _read_json(path)
+        version = data.get("schema")
+        if version != SCHEMA:
+            remedy = "upgrade moecl" if isinstance(version, int) and version > SCHEMA else "run again"
+            raise RunError(f"{path}: schema: {version!r} is not {SCHEMA}, which this moecl reads; {remedy}")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ": ".join(part for part in (str(path), dotted(first["loc"]), first["msg"]) if part)
+            raise RunError(f"{place}; the file was altered, run again or restore it") from None
+
+
+def _read_json(path: str | Path) -> dict[str, Any]:
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path}: no such file; the run has no result yet, or this is no run folder") from None
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path}:{error.lineno}: is not JSON ({error.msg}); run again or restore the file") from None
+    except UnicodeDecodeError:
+        raise RunError(f"{path}: is not UTF-8 text; run again or restore the file") from None
+    if not isinstance(data, dict):
+        raise RunError(f"{path}: holds no result; run again or restore the file")
+    return data

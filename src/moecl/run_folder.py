@@ -1,0 +1,120 @@
+"""A run's folder: what was asked, how far it is, what came out. Every file in it is whole or absent."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moecl._atomic import atomic_write, lock_file, one_line
+from moecl.config import StreamConfig, dump_stream, load_stream
+from moecl.errors import RunError
+from moecl.results import Result
+
+STREAM, CONFIG, RESULT, PROGRESS = "stream.yaml", "config.yaml", "result.json", "progress.json"
+
+
+class RunFolder:
+    """Paths and files of one run. Raises RunError for a folder that is another run's or no run's."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.store = self.path / "store"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be the one process that works in this folder; BusyError says who else does."""
+        with one_line(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with lock_file(self.path / ".lock"):
+            yield
+
+    def exists(self) -> bool:
+        return (self.path / CONFIG).is_file()
+
+    def config(self) -> StreamConfig:
+        """The stream as resolved at the first start."""
+        if not self.exists():
+            raise RunError(f"{self.path}: not a run folder (no {CONFIG}); make one with `moecl train stream.yaml -o RUN`")
+        return load_stream(self.path / CONFIG)
+
+    def check_free(self) -> None:
+        """A first start needs a folder that holds nothing but what an earlier first start may have left."""
+        known = {".lock", STREAM, CONFIG, PROGRESS, "store", "checkpoints", "tensorboard"}
+        if self.path.exists() and (others := sorted({entry.name for entry in self.path.iterdir()} - known)):
+            raise RunError(f"{self.path}: not empty and not a run ({others[0]}); choose another folder with -o")
+
+    def start(self, asked: StreamConfig, config: StreamConfig, environment: Mapping[str, Any]) -> None:
+        """Write down what was asked and how it was resolved; config.yaml last, since it makes the folder a run."""
+        atomic_write(self.path / STREAM, dump_stream(asked).encode())
+        self.write_config(config, environment)
+
+    def write_config(self, config: StreamConfig, environment: Mapping[str, Any]) -> None:
+        facts = yaml.safe_dump(dict(environment), sort_keys=False, allow_unicode=True).splitlines()
+        header = "".join(f"# {line}\n" for line in ["resolved at the first start", *facts])
+        atomic_write(self.path / CONFIG, (header + dump_stream(config)).encode())
+
+    def check_same(self, asked: StreamConfig) -> None:
+        """The run must have been started with what is asked now."""
+        before = load_stream(self.path / STREAM)
+        changes = differences(before.model_dump(mode="json"), asked.model_dump(mode="json"))
+        if changes:
+            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+            raise RunError(
+                f"{self.path}: this run was started with another stream: {'; '.join(changes[:3])}{more}; "
+                "undo the change, or give another folder with -o (a new task is added with `moecl learn`)"
+            )
+
+    def progress(self) -> dict[str, Any]:
+        path = self.path / PROGRESS
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+
+    def save_progress(self, progress: Mapping[str, Any]) -> None:
+        atomic_write(self.path / PROGRESS, dump_json(progress))
+
+    def finished(self) -> Result | None:
+        return Result.load(self.path / RESULT) if (self.path / RESULT).is_file() else None
+
+    def finish(self, result: Result) -> None:
+        """The result is written first: a kill in between leaves a finished run with some files too many."""
+        result.save(self.path / RESULT)
+        self.clear()
+
+    def reopen(self, config: StreamConfig, environment: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
+        """Make a finished run one that has more to learn; a kill in between leaves either."""
+        self.save_progress(progress)
+        self.write_config(config, environment)
+        (self.path / RESULT).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        (self.path / PROGRESS).unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+
+def dump_json(data: Mapping[str, Any]) -> bytes:
+    return json.dumps(data, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def differences(before: Any, now: Any, place: str = "") -> list[str]:
+    """What changed between two plain values, a line a leaf."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*before, *(key for key in now if key not in before)]
+        return [line for key in keys for line in differences(before.get(key), now.get(key), f"{place}.{key}".lstrip("."))]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = enumerate(zip(before, now, strict=True))
+        return [line for n, (old, new) in pairs for line in differences(old, new, f"{place}[{n}]")]
+    if before == now:
+        return []
+    if isinstance(before, list) and isinstance(now, list):
+        return [f"{place} has {len(now)} entries, it had {len(before)}"]
+    return [f"{place} is {short(now)}, it was {short(before)}"]
+
+
+def short(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True).removesuffix("...\n").strip()
+    return text if len(text) <= 60 else text[:57] + "..."

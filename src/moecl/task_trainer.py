@@ -1,0 +1,320 @@
+"""Training one task: transformers' Trainer, with whole checkpoints, groups clipped apart and the best step chosen."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from moecl._atomic import one_line, sync_folder
+from moecl.config import Task, TrainConfig
+from moecl.data.encode import Encoded, collate, plan_batches
+from moecl.errors import TrainingError
+from moecl.methods.base import Method
+from moecl.model import MoECL
+
+DIGESTS = "sha256.json"
+STATE, BEST, PASSES = "state.safetensors", "best.safetensors", "passes.json"
+
+
+class Learner(nn.Module):
+    """What the Trainer sees: a batch in, the method's whole objective out."""
+
+    def __init__(self, model: MoECL, method: Method, task: Task) -> None:
+        super().__init__()
+        self.model, self.method, self.task = model, method, task
+        self.state = method.state
+        self.count = 0  # batches seen; seeds a batch's draws
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, label: Tensor
+    ) -> dict[str, Tensor | None]:
+        """input_ids, attention_mask, labels [B, T], label [B] (class ids, for a classifier head)."""
+        targets = label if self.task.head == "classifier" else labels
+        wanted = self.method.reads_features
+        output = self.model(input_ids, attention_mask, targets, task=self.task.name, features=wanted)
+        self.count += 1
+        loss = output.loss
+        if wanted:
+            loss = loss + self.method.penalty(output.features, self.count)
+        return {"loss": loss}
+
+
+class Passes(TrainerCallback):
+    """Validation passes: scores the task under way, keeps the best state and stops early.
+
+    Of equal scores the later counts as better: it has seen more of the data.
+    """
+
+    def __init__(
+        self, score: Callable[[], float] | None, at: Sequence[int], patience: int | None, state: nn.Module
+    ) -> None:
+        self.score, self.at, self.patience, self.state = score, set(at), patience, state
+        self.curve: list[tuple[int, float]] = []
+        self.best: dict[str, Tensor] | None = None
+        self.best_step: int | None = None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.score is None or state.global_step not in self.at:
+            return control
+        score = self.score()
+        self.curve.append((state.global_step, score))
+        if score >= max(value for _, value in self.curve):
+            self.best = {name: tensor.detach().clone() for name, tensor in self.state.state_dict().items()}
+            self.best_step = state.global_step
+        if self.patience is not None and self._since_best() >= self.patience:
+            control.should_training_stop = True
+        return control
+
+    def _since_best(self) -> int:
+        return sum(1 for step, _ in self.curve if self.best_step is not None and step > self.best_step)
+
+    def restore_best(self) -> None:
+        if self.best is not None:
+            self.state.load_state_dict(self.best)
+
+
+class Guard(TrainerCallback):
+    """Clips each group on its own, and stops before a step that would ruin the state."""
+
+    def __init__(self, method: Method, task: Task, max_grad_norm: float) -> None:
+        self.method, self.task, self.max_grad_norm = method, task, max_grad_norm
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        limit = self.max_grad_norm or math.inf
+        for name, group in self.method.groups().items():
+            norm = nn.utils.clip_grad_norm_(group, limit)
+            if not torch.isfinite(norm):
+                raise TrainingError(
+                    f"task {self.task.name!r}: the loss is not finite at step {state.global_step + 1} ({name}); nothing "
+                    "of this step was kept: lower train.lr or use train.precision fp32, in a new run folder"
+                )
+
+
+class Telling(TrainerCallback):
+    """Passes each step's figures on."""
+
+    def __init__(self, tell: Callable[[int, int, Mapping[str, float]], None], method: Method) -> None:
+        self.tell, self.method = tell, method
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.tell(state.global_step, state.max_steps, {})
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.tell(state.global_step, state.max_steps, logs or {})
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What training one task left to tell."""
+
+    steps: int
+    best_step: int | None
+    curve: list[tuple[int, float]]
+    figures: dict[str, float]
+    trained_parameters: int
+
+
+class TaskTrainer(Trainer):
+    """The Trainer with batches planned ahead, our optimizer groups, and checkpoints that are whole or absent."""
+
+    def __init__(
+        self, learner: Learner, rows: Sequence[Encoded], pad_id: int, train: TrainConfig, passes: Passes, **kwargs: Any
+    ) -> None:
+        self.learner, self.passes, self.settings = learner, passes, train
+        self.batches = plan_batches(
+            [len(row.input_ids) + len(row.answer_ids) for row in rows], train.batch_size, train.epochs, train.seed
+        )
+        self.pad_id = pad_id
+        self._draft: str | None = None
+        super().__init__(model=learner, train_dataset=cast(Any, rows), **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """All epochs as one list of batches, so that going on after a kill is an index into it."""
+        loader: DataLoader[Any] = DataLoader(
+            cast(Any, self.train_dataset),
+            batch_sampler=self.batches,
+            collate_fn=lambda batch: collate(batch, self.pad_id),
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return cast(DataLoader[Any], self.accelerator.prepare(loader))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW over what the method says it trains, and nothing else, so that nothing else can decay."""
+        if self.optimizer is None:
+            rates = {"discriminator": self.settings.discriminator_lr or self.settings.lr}
+            groups = [
+                {"params": group, "lr": rates.get(name, self.settings.lr)}
+                for name, group in self.learner.method.groups().items()
+                if group
+            ]
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=self.settings.weight_decay)
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs | self.learner.method.log(), start_time)
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._draft or str(self.args.output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write in a draft folder with the digest of each file, then rename it into place and drop the older ones."""
+        folder = Path(str(self.args.output_dir))
+        draft = folder / "draft"
+        with one_line(folder):
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+            self._draft = str(draft)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._draft = None
+            [made] = draft.iterdir()
+            seal(made)
+            older = [path for path in folder.glob("checkpoint-*") if path.name != made.name]
+            final = folder / made.name
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(made, final)
+            sync_folder(folder)
+            for path in older:
+                shutil.rmtree(path)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Only what training changes: the method's state, and the best one so far."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.learner.state.state_dict()
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / STATE)
+        if self.passes.best is not None:
+            save_file({name: tensor.contiguous() for name, tensor in self.passes.best.items()}, folder / BEST)
+        seen = {"curve": self.passes.curve, "best_step": self.passes.best_step, "count": self.learner.count}
+        (folder / PASSES).write_text(json.dumps(seen))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        device = str(self.args.device)
+        self.learner.state.load_state_dict(load_file(folder / STATE, device=device))
+        if (folder / BEST).exists():
+            self.passes.best = load_file(folder / BEST, device=device)
+        seen = json.loads((folder / PASSES).read_text())
+        self.passes.curve = [(step, score) for step, score in seen["curve"]]
+        self.passes.best_step, self.learner.count = seen["best_step"], seen["count"]
+
+
+def seal(folder: Path) -> None:
+    """Make a checkpoint's files durable and write their digests."""
+    digests = {}
+    for path in sorted(folder.iterdir()):
+        with path.open("rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+    with (folder / DIGESTS).open("w") as file:
+        json.dump(digests, file)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def whole(folder: Path) -> bool:
+    """Whether every file of a checkpoint is as it was sealed."""
+    try:
+        digests = json.loads((folder / DIGESTS).read_text())
+        found = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in digests}
+    except (OSError, ValueError):
+        return False
+    return bool(found == digests and TRAINER_STATE_NAME in digests)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a task's folder."""
+    found = [path for path in folder.glob("checkpoint-*") if whole(path)]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def pass_steps(steps: int, epochs: int, an_epoch: int) -> list[int]:
+    """The optimizer steps after which to validate: `an_epoch` times an epoch, the last step always among them."""
+    count = epochs * an_epoch
+    return sorted({max(1, round(steps * (number + 1) / count)) for number in range(count)}) if count else []
+
+
+def learn_task(
+    model: MoECL,
+    method: Method,
+    task: Task,
+    rows: Sequence[Encoded],
+    train: TrainConfig,
+    folder: Path,
+    *,
+    pad_id: int,
+    score: Callable[[], float] | None,
+    tell: Callable[[int, int, Mapping[str, float]], None],
+    trackers: Sequence[TrainerCallback] = (),
+) -> Learned:
+    """Train the parts that `method.begin(task)` made, from the newest checkpoint in `folder` where there is one.
+
+    Leaves the best state by `score` (the last one without it) in `method.state`. Raises TrainingError, RunError.
+    """
+    updates = math.ceil(math.ceil(len(rows) / train.batch_size) * train.epochs / train.gradient_accumulation_steps)
+    passes = Passes(
+        score, pass_steps(updates, train.epochs, train.evals_per_epoch), train.early_stopping, method.state
+    )
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=1,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        learning_rate=train.lr,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=train.warmup_ratio,
+        max_grad_norm=0.0,  # Guard clips each group
+        save_steps=train.save_steps,
+        logging_steps=5,
+        logging_nan_inf_filter=False,
+        report_to=[name for name in train.report_to if name != "tensorboard"] or "none",
+        disable_tqdm=True,
+        use_cpu=model.device.type == "cpu",
+        dataloader_pin_memory=model.device.type == "cuda",
+        remove_unused_columns=False,
+        seed=train.seed,
+    )
+    trainer = TaskTrainer(
+        Learner(model, method, task),
+        rows,
+        pad_id,
+        train,
+        passes,
+        args=arguments,
+        callbacks=[Guard(method, task, train.max_grad_norm), passes, Telling(tell, method), *trackers],
+    )
+    trainer.pop_callback(PrinterCallback)  # the watcher tells
+    checkpoint = last_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    passes.restore_best()
+    trained = sum(p.numel() for group in method.groups().values() for p in group)
+    return Learned(trainer.state.global_step, passes.best_step, passes.curve, method.log(), trained)
