@@ -232,7 +232,7 @@ BAD_FILES = [
     (STREAM.encode("utf-16"), "1: is not UTF-8 text; save the file as UTF-8"),
     ("base: x\nname: a\0b\n", "2: holds U+0000, which YAML forbids; remove it"),
     ("base: x\n---\nbase: y\n", "2: is not valid YAML: "),
-    ("[" * 1200, " is nested too deeply; write it flatter"),
+    ("[" * 600 + "]" * 600, " is nested too deeply; write it flatter"),
     ("base: x\n", "1: tasks: is missing; add it"),
     ("base: x\ntasks:\n", "2: tasks: holds nothing; give a list, each item with keys under it: name, kind, "),
     ("base: x\ntasks: []\n", "2: tasks: holds nothing; give a list, each item with keys under it: name, "),

@@ -97,8 +97,8 @@ def _type_words(annotation: Any, metadata: list[Any]) -> str:
         return " | ".join(map(str, arguments))
     if origin in (list, dict):
         return "list of texts" if origin is list else "list, or map to words"
-    words = {bool: "true | false", int: "whole number", float: "number", str: "text"}[annotation]
-    return words + _range_words(metadata)
+    words = {bool: "true | false", int: "whole number", float: "number", str: "text"}
+    return words.get(annotation, str(annotation)) + _range_words(metadata)
 
 
 def _range_words(metadata: list[Any]) -> str:
@@ -130,8 +130,8 @@ def explain(error: ValidationError, known: list[Setting], document: Document) ->
 
 
 def _urgency(details: ErrorDetails) -> int:
-    # A misspelt key is also a missing one: the first says more.
-    # Of a union's two complaints, the one about the range is the one for a value of the right type.
+    # A misspelt key is also a missing one, and the first says more. Of a union's two
+    # complaints, the one about a range is about the member that the value was meant for.
     ranks = {"extra_forbidden": 0, "greater_than": 1, "greater_than_equal": 1, "missing": 3}
     return ranks.get(details["type"], 2)
 

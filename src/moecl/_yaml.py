@@ -129,9 +129,12 @@ def read(path: str | Path) -> Document:
 
 def parse(text: str, source: str, *, numbered: bool = False) -> Document:
     """Parse one YAML document; a mark is `source`, followed by the line if `numbered`."""
+    document = Document(source)
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
+        if node is not None:
+            document.data = _Builder(loader, document, numbered).build(node, ())
     except yaml.reader.ReaderError as error:
         place = f"{source}:{text.count(chr(10), 0, error.position) + 1}" if numbered else source
         raise ConfigError(f"{place}: holds U+{error.character:04X}, which YAML forbids; remove it") from None
@@ -141,9 +144,6 @@ def parse(text: str, source: str, *, numbered: bool = False) -> Document:
         raise ConfigError(f"{place}: is not valid YAML: {error.problem}; {_remedy(error)}") from None
     except RecursionError:
         raise ConfigError(f"{source}: is nested too deeply; write it flatter") from None
-    document = Document(source)
-    if node is not None:
-        document.data = _Builder(loader, document, numbered).build(node, ())
     return document
 
 

@@ -182,18 +182,18 @@ class Engine:
         del inputs["position_ids"]  # generate counts them itself
         width = inputs["input_ids"].shape[1]
         with run_with(call):
-            tokens = self.model.base.generate(**inputs, pad_token_id=self._pad, **settings)
+            tokens = self.model.base.generate(**inputs, pad_token_id=self.pad_id, **settings)
         decoded = self.tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
         return [text.strip() for text in decoded]
 
     @property
-    def _pad(self) -> int:
+    def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id or 0) if pad is None else int(pad)
 
     def _inputs(self, batch: Sequence[Request]) -> tuple[dict[str, Tensor], Call]:
         """Left-padded ids, mask and positions, and the call that runs each row with its task's parts."""
-        padded = collate([request.row for request in batch], self._pad, side="left", answers=False)
+        padded = collate([request.row for request in batch], self.pad_id, side="left", answers=False)
         ids, mask = padded["input_ids"].to(self.model.device), padded["attention_mask"].to(self.model.device)
         call = self.model.call([request.entry.task.name for request in batch], len(batch), self.bank)
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)

@@ -208,7 +208,8 @@ class Store:
         """Add versions of tasks (a record's `version` and `parts` are set here), all in one change.
 
         `moved` replaces these parts in the current version of every task with retention live; `training` replaces all
-        of the state for further learning, None keeps it. Raises `StoreError` (disk full, not writable) and `BusyError`; the old model is then intact.
+        of the state for further learning, None keeps it. Raises `StoreError` (disk full, not writable) and `BusyError`;
+        the old model is then intact.
         """
         with self.lock(), one_line(self.path, StoreError):
             manifest = self.manifest

@@ -284,7 +284,7 @@ class Session:
 
     @property
     def pad_id(self) -> int:
-        return self.engine()._pad
+        return self.engine().pad_id
 
     def engine(self, bank: Mapping[str, Entry] | None = None) -> Engine:
         return Engine(self.model, self.tokenizer, bank, self.config.train.eval_batch_tokens)

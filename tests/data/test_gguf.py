@@ -1,10 +1,12 @@
 """The GGUF reader against transformers' own, on a tiny Llama written with the `gguf` package."""
 
+import errno
 import json
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from moecl.data.gguf import convert, read_gguf, weights
@@ -183,3 +185,13 @@ def test_the_same_bytes_each_time(folder, gguf_file, tmp_path):
     convert(gguf_file.read_bytes(), tmp_path)
     for path in folder.iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_full_disk_is_an_os_error(gguf_file, tmp_path, monkeypatch):
+    def fill(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("moecl.data.gguf.save_file", fill)
+    with pytest.raises(OSError, match="No space left") as error:
+        convert(gguf_file.read_bytes(), tmp_path)
+    assert error.value.errno == errno.ENOSPC

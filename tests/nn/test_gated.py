@@ -303,5 +303,5 @@ def test_tensors_round_trip(injected, labels):
         with pytest.raises(RuntimeError):
             from_tensors(injected.geometry, one.scale, {**stored, name: {}})
     shallow = Injected(tiny_model(), 1).geometry
-    with pytest.raises(RuntimeError, match="layers.0"):
+    with pytest.raises(RuntimeError, match=r"layers\.0"):
         from_tensors(shallow, one.scale, stored)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import shutil
 import struct
 from collections.abc import Mapping
@@ -19,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from moecl.data.pinned import Progress
@@ -230,7 +233,7 @@ def tokenizer_config(gguf: Gguf) -> dict[str, Any]:
 
 
 def convert(content: bytes, folder: Path, progress: Progress | None = None) -> None:
-    """Write the model and its tokenizer into `folder`, in the files that `from_pretrained` reads."""
+    """Write the model and its tokenizer into `folder`, in the files that `from_pretrained` reads. Raises `OSError`."""
     gguf = read_gguf(content)
     files = {
         "config.json": config(gguf),
@@ -241,5 +244,14 @@ def convert(content: bytes, folder: Path, progress: Progress | None = None) -> N
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     (folder / "chat_template.jinja").write_text(gguf.metadata["tokenizer.chat_template"], encoding="utf-8")
-    save_file(weights(gguf, progress), folder / "model.safetensors", metadata={"format": "pt"})
+    _save(weights(gguf, progress), folder / "model.safetensors")
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it 0600
+
+
+def _save(state: dict[str, Array], path: Path) -> None:
+    try:
+        save_file(state, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # it has the system's errors, a full disk say, in words only
+        if code := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        raise

@@ -79,7 +79,8 @@ class GatedLearner(nn.Module):
 
     def parts(self) -> Gated:
         gate = self.gate or self.own_gate
-        assert self.task is not None and gate is not None, "no task under way"
+        assert self.task is not None, "no task under way"
+        assert gate is not None
         return Gated(self.shared, self.task, gate, self.scale, self.head)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:

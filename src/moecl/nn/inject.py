@@ -69,7 +69,7 @@ class Injected:
         for index, layer in self.layers.items():
             self._inject(layer, ffns[index], names, index)
         self._hooks = [layers[0].register_forward_pre_hook(_note_batch, with_kwargs=True)]
-        self._hooks.append(base.get_output_embeddings().register_forward_pre_hook(_keep_answers))
+        self._hooks.append(base.get_output_embeddings().register_forward_pre_hook(_keep_answers))  # type: ignore[operator]
         self._checkpointed = False
 
     def _inject(self, layer: nn.Module, ffn: FFN, names: Names, index: int) -> None:
@@ -90,7 +90,7 @@ class Injected:
             else:
                 module.forward = was
 
-        module.forward = forward  # type: ignore[method-assign]
+        module.forward = forward
         self._undo.append(undo)
 
     def checkpoint(self, on: bool) -> None:

@@ -29,10 +29,9 @@ def expert_output(x: Tensor, ffn: FFN, expert: Expert, layer: int, scale: float)
     """y_e [..., D] of x [..., D]."""
     gate, up = ffn.project(x)
     up = up + delta(x, expert, layer, "up_proj", scale)
-    if gate is None:
-        h = ffn.activation(up)
-    else:
-        h = ffn.activation(gate + delta(x, expert, layer, "gate_proj", scale)) * up
+    if gate is not None:
+        gate = gate + delta(x, expert, layer, "gate_proj", scale)
+    h = ffn.activation(up) if gate is None else ffn.activation(gate) * up
     return ffn.down(h) + delta(h, expert, layer, "down_proj", scale)
 
 

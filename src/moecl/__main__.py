@@ -1,0 +1,5 @@
+"""`python -m moecl`."""
+
+from moecl.cli import main
+
+main()
