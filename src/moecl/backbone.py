@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,23 +27,34 @@ class Backbone:
     id: str
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def load_backbone(name: str, precision: str = "fp32", device: str = "cpu", progress: Any = None) -> Backbone:
-    """An asset's name, a hub id or a folder; `precision` fp32 or bf16. Raises BaseError, AssetError. No remote code."""
+    """An asset's name, a hub id or a folder; `precision` is a key of DTYPES. Raises BaseError, AssetError.
+
+    No remote code is run, and no weight is made up: a base that lacks one is refused.
+    """
     source = assets.resolve_base(name, progress=progress) if assets.is_asset(name) else name
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[precision], trust_remote_code=False)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=DTYPES[precision], trust_remote_code=False, output_loading_info=True
+            )
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         known = ", ".join(assets.ASSETS)
         raise BaseError(
             f"base: cannot load {name!r} ({reason}); give a hub id, a folder with config.json, or an asset: {known}"
         ) from error
-    return Backbone(model.to(device), tokenizer, name)  # type: ignore[arg-type]
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise BaseError(
+            f"base: {name!r} lacks {len(missing)} of the weights of a {type(model).__name__} ({missing[0]} ...); "
+            "give a whole causal language model"
+        )
+    return Backbone(model.to(device), tokenizer, name)
 
 
 @contextmanager
@@ -51,14 +62,14 @@ def quiet() -> Iterator[None]:
     """No bars and no advice of transformers' own while a base is loaded."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
     level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers.utils.logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
         transformers.utils.logging.set_verbosity(level)
         if shown:
-            transformers.utils.logging.enable_progress_bar()
+            transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def resolve_device(device: str) -> str:
@@ -105,7 +116,3 @@ def weights_sha256(model: nn.Module) -> str:
 
 def dtype_name(model: nn.Module) -> str:
     return str(next(model.parameters()).dtype).removeprefix("torch.")
-
-
-def is_folder(name: str) -> bool:
-    return Path(name).is_dir()

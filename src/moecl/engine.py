@@ -3,9 +3,9 @@
 It runs parts under a form and never asks which method learned them.
 """
 
-import json
+import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moecl.config import Task
 from moecl.data.encode import Encoded, Encoder, collate, token_batches
-from moecl.data.task import Example, rows_from_lines
+from moecl.data.task import Example, example
 from moecl.errors import BaseError, TaskError
 from moecl.model import Entry, MoECL, TaskNames, find
 from moecl.nn.moe_ffn import Call, run_with
@@ -24,6 +24,8 @@ BATCH_TOKENS = 4096  # padding included, where nothing else was resolved
 MAX_ROWS = 128
 MAX_LENGTH = 512
 MAX_NEW_TOKENS = 64
+# A base's own settings are for chatting; those that would bend a greedy answer are put back to what does nothing.
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,31 @@ class Engine:
         self.model, self.tokenizer = model, found
         self.bank = model.bank if bank is None else bank
         self.batch_tokens = batch_tokens or BATCH_TOKENS
-        self._encoders: dict[tuple[str, int], Encoder] = {}
+        self._encoders: dict[str, Encoder] = {}
+        self._tries: dict[Encoder, Trie] = {}
 
     def encoder(self, task: Task) -> Encoder:
-        key = task.model_dump_json(), id(self.tokenizer)
+        key = task.model_dump_json()
         if key not in self._encoders:
             self._encoders[key] = Encoder(self.tokenizer, task, task.max_length or MAX_LENGTH)
         return self._encoders[key]
 
-    def predict(self, rows: Iterable[str | Mapping[str, Any] | Example], tasks: TaskNames) -> list[Prediction]:
+    def trie(self, encoder: Encoder) -> "Trie":
+        if encoder not in self._tries:
+            self._tries[encoder] = Trie(encoder)
+        return self._tries[encoder]
+
+    def prompts(self, task: Task, examples: Sequence[Example], max_new_tokens: int = MAX_NEW_TOKENS) -> list[Encoded]:
+        """Rows without their answers; a text to be written keeps room, a quarter of `max_length` at most."""
+        encoder = self.encoder(task)
+        return encoder.encode(examples, answers=False, reserve=min(max_new_tokens, encoder.max_length // 4))
+
+    def predict(
+        self,
+        rows: Iterable[str | Mapping[str, Any] | Example],
+        tasks: TaskNames,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ) -> list[Prediction]:
         """Answers in the order of `rows` (texts, or mappings with the row's fields); one task, or one a row.
 
         Raises TaskError for an unknown task, DataError for a row that lacks a field.
@@ -77,24 +95,24 @@ class Engine:
         names = [tasks] * len(rows) if tasks is None or isinstance(tasks, str) else list(tasks)
         if len(names) != len(rows):
             raise TaskError(f"task: {len(names)} names for {len(rows)} rows; give one name, or one a row")
-        requests: list[Request | None] = [None] * len(rows)
+        requests: dict[int, Request] = {}
         for name in dict.fromkeys(names):
             if name is None:
                 raise TaskError("task: the bare base answers no task; give a task's name")
             entry = find(self.bank, name)
             places = [place for place, one in enumerate(names) if one == name]
-            examples = as_examples([rows[place] for place in places], entry.task)
+            examples = [as_example(rows[place], entry.task, f"row {place + 1}") for place in places]
+            encoded = self.prompts(entry.task, examples, max_new_tokens)
             encoder = self.encoder(entry.task)
-            for place, row in zip(places, encoder.encode(examples, answers=False), strict=True):
-                requests[place] = Request(entry, encoder, row)
-        return self.answer([request for request in requests if request is not None])
+            requests |= {place: Request(entry, encoder, row) for place, row in zip(places, encoded, strict=True)}
+        return self.answer([requests[place] for place in range(len(rows))], max_new_tokens)
 
     def answer(self, requests: Sequence[Request], max_new_tokens: int = MAX_NEW_TOKENS) -> list[Prediction]:
         """Predictions in the order of `requests`. Batches are formed by length, among rows that are read alike."""
         kinds: dict[Any, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
-            kinds[reading(request)].append(place)
-        answers: list[Prediction | None] = [None] * len(requests)
+            kinds[self._reading(request)].append(place)
+        answers: dict[int, Prediction] = {}
         readers: dict[str, Callable[[Sequence[Request]], list[Prediction]]] = {
             "word": self._read_words,
             "words": self._read_paths,
@@ -102,14 +120,32 @@ class Engine:
             "text": lambda batch: self._write(batch, max_new_tokens),
         }
         for (kind, *_), places in kinds.items():
-            lengths = [len(requests[place].row.input_ids) for place in places]
-            for batch in token_batches(lengths, self.batch_tokens, MAX_ROWS):
+            sizes = [self._size(kind, requests[place], max_new_tokens) for place in places]
+            for batch in token_batches(sizes, self.batch_tokens, MAX_ROWS):
                 chosen = [places[member] for member in batch]
                 with torch.inference_mode():
                     found = readers[kind]([requests[place] for place in chosen])
-                for place, prediction in zip(chosen, found, strict=True):
-                    answers[place] = prediction
-        return [answer for answer in answers if answer is not None]
+                answers |= zip(chosen, found, strict=True)
+        return [answers[place] for place in range(len(requests))]
+
+    def _reading(self, request: Request) -> tuple[str | int, ...]:
+        """How a row's answer is read; rows with a head of their own, or with as many paths, are batched together."""
+        task = request.entry.task
+        if task.kind == "generation":
+            return ("text",)
+        if request.entry.parts.head is not None:
+            return ("head", task.name)
+        if all(len(tokens) == 1 for tokens in request.encoder.answers):
+            return ("word",)
+        return "words", len(self.trie(request.encoder).paths)
+
+    def _size(self, kind: str, request: Request, max_new_tokens: int) -> int:
+        """Tokens that a row comes to in its batch, with all that follows its prompt."""
+        length = len(request.row.input_ids)
+        if kind == "words":
+            paths = self.trie(request.encoder).paths
+            return len(paths) * (length + max(map(len, paths)))
+        return length + (max_new_tokens if kind == "text" else 0)
 
     # One batch, by the way its answers are read
 
@@ -127,7 +163,8 @@ class Engine:
     def _read_head(self, batch: Sequence[Request]) -> list[Prediction]:
         inputs, call = self._inputs(batch)
         parts = call.parts[0]
-        assert parts is not None and parts.head is not None
+        assert parts is not None
+        assert parts.head is not None
         with run_with(call):
             hidden = self.model.base.base_model(**inputs, use_cache=False).last_hidden_state[:, -1]
         return [choose(request, row) for request, row in zip(batch, parts.head(hidden.float()), strict=True)]
@@ -142,49 +179,52 @@ class Engine:
         with run_with(call):
             output = self.model.base(**inputs, use_cache=True)
         first = output.logits.float().log_softmax(-1)  # (B, V)
-        tries = [Trie(request.encoder) for request in batch]
-        owners = [row for row, trie in enumerate(tries) for _ in trie.paths]
-        paths = [path for trie in tries for path in trie.paths]
-        followed = self._follow(call, inputs, output.past_key_values, owners, paths)
-        scores, start = [], 0
-        for row, (request, trie) in enumerate(zip(batch, tries, strict=True)):
-            own = followed[start : start + len(trie.paths)]
-            start += len(trie.paths)
-            scores.append(choose(request, trie.scores(first[row], own)))
-        return scores
-
-    def _follow(
-        self, call: Call, inputs: Mapping[str, Tensor], cache: Any, owners: list[int], paths: list[tuple[int, ...]]
-    ) -> list[Tensor]:
-        """log p after each token of each path [len(path), V], a path running on its owner's cached prompt."""
-        rows = torch.tensor(owners, device=self.model.device)
-        longest = max(map(len, paths))
-        ids = torch.tensor([[*path, *[path[-1]] * (longest - len(path))] for path in paths], device=rows.device)
-        prompt = inputs["attention_mask"][rows]
-        mask = torch.cat([prompt, torch.ones_like(ids)], dim=1)
-        positions = prompt.sum(dim=1, keepdim=True) + torch.arange(longest, device=rows.device)
-        cache.batch_select_indices(rows)
-        of_rows = None if call.rows is None else call.rows[rows]
-        with run_with(Call(call.parts, of_rows)):
-            logits = self.model.base(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            ).logits
-        return [one[: len(path)].float().log_softmax(-1) for one, path in zip(logits, paths, strict=True)]
-
-    def _write(self, batch: Sequence[Request], max_new_tokens: int) -> list[Prediction]:
-        texts = self._generate(batch, {"max_new_tokens": max_new_tokens, "do_sample": False})
+        paths = [self.trie(request.encoder).paths for request in batch]
+        pairs = [(row, path) for row, own in enumerate(paths) for path in own]
+        followed = iter(self._follow(call, inputs["attention_mask"], output.past_key_values, pairs))
         return [
-            Prediction(request.entry.task.name, text, {}) for request, text in zip(batch, texts, strict=True)
+            choose(request, self.trie(request.encoder).scores(first[row], [next(followed) for _ in paths[row]]))
+            for row, request in enumerate(batch)
         ]
 
-    def _generate(self, batch: Sequence[Request], settings: Mapping[str, Any]) -> list[str]:
+    def _follow(
+        self, call: Call, prompts: Tensor, cache: Any, pairs: Sequence[tuple[int, tuple[int, ...]]]
+    ) -> list[Tensor]:
+        """For each (row, path): log p after each token of the path [len(path), V], run on the row's cached prompt.
+
+        prompts [B, T] is the attention mask of what `cache` holds.
+        """
+        found: list[Tensor] = []
+        step = max(1, self.batch_tokens // (prompts.shape[1] + max(len(path) for _, path in pairs)))
+        for start in range(0, len(pairs), step):
+            some, last = pairs[start : start + step], start + step >= len(pairs)
+            paths = [path for _, path in some]
+            rows = torch.tensor([row for row, _ in some], device=prompts.device)
+            prompt, ids = prompts[rows], padded_paths(paths).to(prompts.device)
+            positions = prompt.sum(dim=1, keepdim=True) + torch.arange(ids.shape[1], device=prompts.device)
+            own = cache if last else copy.deepcopy(cache)
+            own.batch_select_indices(rows)
+            with run_with(Call(call.parts, None if call.rows is None else call.rows[rows])):
+                logits = self.model.base(
+                    input_ids=ids,
+                    attention_mask=torch.cat([prompt, torch.ones_like(ids)], dim=1),
+                    position_ids=positions,
+                    past_key_values=own,
+                    use_cache=True,
+                ).logits
+            found += [one[: len(path)].float().log_softmax(-1) for one, path in zip(logits, paths, strict=True)]
+        return found
+
+    def _write(self, batch: Sequence[Request], max_new_tokens: int) -> list[Prediction]:
         inputs, call = self._inputs(batch)
         del inputs["position_ids"]  # generate counts them itself
-        width = inputs["input_ids"].shape[1]
+        end = batch[0].encoder.end
+        settings = {**GREEDY, "eos_token_id": end, "pad_token_id": self.pad_id, "max_new_tokens": max_new_tokens}
         with run_with(call):
-            tokens = self.model.base.generate(**inputs, pad_token_id=self.pad_id, **settings)
-        decoded = self.tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
-        return [text.strip() for text in decoded]
+            tokens = self.model.base.generate(**inputs, **settings)  # type: ignore[operator]
+        answers = [before(end, ids) for ids in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [Prediction(one.entry.task.name, text.strip(), {}) for one, text in zip(batch, texts, strict=True)]
 
     @property
     def pad_id(self) -> int:
@@ -205,29 +245,17 @@ class Trie:
 
     def __init__(self, encoder: Encoder) -> None:
         self.labels = [(*tokens, encoder.end) for tokens in encoder.answers]
-        inner = {label[:-1] for label in self.labels}
-        self.paths = sorted(
-            path for path in inner if not any(other != path and other[: len(path)] == path for other in inner)
-        )
+        ways = [label[:-1] for label in self.labels]
+        self.paths = sorted(way for way in ways if not any(other != way and other[: len(way)] == way for other in ways))
+        self.path_of = [next(k for k, path in enumerate(self.paths) if path[: len(way)] == way) for way in ways]
 
     def scores(self, first: Tensor, followed: Sequence[Tensor]) -> Tensor:
         """[labels]: first [V] is log p after the prompt, followed[k] [len, V] that after each token of path k."""
         totals = []
-        for label in self.labels:
-            path = next(k for k, path in enumerate(self.paths) if path[: len(label) - 1] == label[:-1])
+        for label, path in zip(self.labels, self.path_of, strict=True):
             rest = [followed[path][depth, token] for depth, token in enumerate(label[1:])]
             totals.append(first[label[0]] + torch.stack(rest).sum())
         return torch.stack(totals)
-
-
-def reading(request: Request) -> tuple[str, ...]:
-    """How a row's answer is read; rows with a head of their own are batched by task."""
-    task = request.entry.task
-    if task.kind == "generation":
-        return ("text",)
-    if request.entry.parts.head is not None:
-        return ("head", task.name)
-    return ("word",) if all(len(tokens) == 1 for tokens in request.encoder.answers) else ("words",)
 
 
 def choose(request: Request, scores: Tensor) -> Prediction:
@@ -246,13 +274,15 @@ def last_only(input_ids: Tensor) -> Tensor:
     return wanted
 
 
-def as_examples(rows: Sequence[str | Mapping[str, Any] | Example], task: Task) -> list[Example]:
-    ready = [row for row in rows if isinstance(row, Example)]
-    if len(ready) == len(rows):
-        return ready
-    return list(rows_from_lines(lines(rows), task, "row"))
+def before(end: int, ids: list[int]) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids
 
 
-def lines(rows: Iterable[Any]) -> Iterator[str]:
-    for row in rows:
-        yield json.dumps(row if isinstance(row, Mapping) else {"text": row})
+def padded_paths(paths: Sequence[tuple[int, ...]]) -> Tensor:
+    """[paths, longest]: shorter ones repeat their last token, whose outputs are not read."""
+    longest = max(map(len, paths))
+    return torch.tensor([[*path, *[path[-1]] * (longest - len(path))] for path in paths])
+
+
+def as_example(row: str | Mapping[str, Any] | Example, task: Task, where: str) -> Example:
+    return row if isinstance(row, Example) else example(row, task, where)

@@ -31,8 +31,13 @@ METRICS: Mapping[str, Callable[[Sequence[str], Sequence[str]], float | None]] = 
 }
 
 
+def prompts(engine: Engine, task: Task, split: Split) -> list[Encoded]:
+    """A split's rows as `evaluate_task` takes them: without answers, with room for those that are written."""
+    return engine.prompts(task, split.examples, longest_answer(engine, task, split))
+
+
 def evaluate_task(engine: Engine, entry: Entry, split: Split, rows: Sequence[Encoded]) -> Score:
-    """Score `entry` on a split; `rows` are its examples, encoded without answers."""
+    """Score `entry` on a split, whose encoded rows are `rows`."""
     encoder = engine.encoder(entry.task)
     requests = [Request(entry, encoder, row) for row in rows]
     found = engine.answer(requests, longest_answer(engine, entry.task, split))
@@ -54,5 +59,5 @@ def longest_answer(engine: Engine, task: Task, split: Split) -> int:
     """Tokens a generated answer may have: those of the longest reference and a few."""
     if task.kind == "classification":
         return 1
-    lengths = engine.tokenizer(references(task, split), add_special_tokens=False)["input_ids"]
+    lengths = engine.tokenizer(references(task, split), add_special_tokens=False, verbose=False)["input_ids"]
     return max(map(len, lengths)) + SPARE_TOKENS

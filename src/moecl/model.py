@@ -1,6 +1,8 @@
 """`MoECL`: a frozen base, and a bank of tasks that any row of any batch can be answered with."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -10,9 +12,17 @@ import torch.nn.functional as F
 from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
-from moecl.backbone import Backbone, dtype_name, load_backbone, resolve_device, resolve_precision, weights_sha256
+from moecl.backbone import (
+    DTYPES,
+    Backbone,
+    dtype_name,
+    load_backbone,
+    resolve_device,
+    resolve_precision,
+    weights_sha256,
+)
 from moecl.config import MoECLConfig, Task
 from moecl.errors import BaseError, StoreError, TaskError, near
 from moecl.nn.gated import GatedLearner, from_tensors, to_tensors
@@ -47,16 +57,21 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
     The task is an argument of each call: a name, one name (or None) a row, or None for the bare base.
     """
 
+    _hub_mixin_config = {}  # noqa: RUF012 - set, or the mixin copies the whole base in order to describe it
+
     def __init__(self, backbone: Backbone, config: MoECLConfig, seed: int = 0) -> None:
         super().__init__()
         self.config, self.seed = config, seed
         self.base_id, self.tokenizer = backbone.id, backbone.tokenizer
-        self.base: PreTrainedModel = backbone.model.requires_grad_(False).eval()
+        self.base = backbone.model
         self.injected = Injected(self.base, config.adapt_layers)
+        self._before = self.base.training, {p for p in self.base.parameters() if p.requires_grad}
+        self.base.requires_grad_(False).eval()  # type: ignore[no-untyped-call]
         self.bank: dict[str, Entry] = {}
         self.learner: GatedLearner | None = None
         self._open: str | None = None
         self._steps = 0
+        self._detached = False
 
     @classmethod
     def attach(
@@ -98,10 +113,13 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
             raise TaskError(f"task {task.name!r}: labels are needed; give Task(labels=[...])")
         self.finish_task()
         if self.learner is None:
-            self.learner = GatedLearner(self.geometry, self.config, self.seed).to(self.device)
+            self.learner = self._new_learner()
         parts = self.learner.begin(task.name, len(task.labels or ()) if task.head == "classifier" else 0)
         self.bank[task.name] = Entry(task, parts)
         self._open, self._steps = task.name, 0
+
+    def _new_learner(self) -> GatedLearner:
+        return GatedLearner(self.geometry, self.config, self.seed).to(self.device)
 
     def finish_task(self) -> None:
         """Freeze the open task for good; nothing to do where none is open."""
@@ -113,7 +131,7 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
     def train(self, mode: bool = True) -> Self:
         """The base stays in eval mode: its own dropout never runs."""
         super().train(mode)
-        self.base.eval()
+        self.base.eval()  # type: ignore[no-untyped-call]
         return self
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
@@ -138,16 +156,16 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
 
         Without labels: the base's own output, with all logits. With labels [B, T] (-100 where no loss is wanted): a
         `MoECLOutput` whose logits are those of the answer tokens alone. For tasks with a classifier head, labels are
-        class ids [B] and logits [B, labels].
+        class ids [B] and logits [B, labels]. In train mode the loss of the open task is its whole objective.
         """
+        given = kwargs["inputs_embeds"] if input_ids is None else input_ids  # (B, T, ...)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
-        rows = len(next(value for value in inputs.values() if value is not None))
-        call = self.call(task, rows, self.bank)
-        wanted = labels is not None and self.training and self._open is not None and task == self._open
-        if features or (wanted and self.learner is not None and self.learner.adversary is not None):
+        call = self.call(task, len(given), self.bank)
+        call.dropout = self.config.dropout if self.training else 0.0
+        adversary = self._adversary(task) if labels is not None else None
+        if features or adversary is not None:
             call.features = {}
-            call.attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # type: ignore[arg-type]
-        call.dropout = self.config.dropout if self.training and labels is not None else 0.0
+            call.attention_mask = given.new_ones(given.shape[:2]) if attention_mask is None else attention_mask
         heads = {parts.head is not None for parts in call.parts if parts is not None}
         if True in heads:
             output = self._classify(call, heads, inputs, labels)
@@ -156,14 +174,23 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         else:
             with run_with(call):
                 return self.base(**inputs)
-        if wanted and call.features:
-            assert self.learner is not None and output.loss is not None
+        if adversary is not None:
             self._steps += 1
-            output.loss = output.loss + self.learner.loss(call.features, self._steps)
+            assert call.features is not None
+            assert output.loss is not None
+            output.loss = output.loss + adversary.loss(call.features, self._steps)
         return output
+
+    def _adversary(self, task: TaskNames) -> GatedLearner | None:
+        """Whose adversarial term belongs to a loss on `task`: it is trained with the open task's own batches alone."""
+        names = {task} if task is None or isinstance(task, str) else set(task)
+        trains = self.training and torch.is_grad_enabled() and self._open is not None and names == {self._open}
+        return self.learner if trains and self.learner is not None and self.learner.adversary is not None else None
 
     def call(self, task: TaskNames, rows: int, bank: Mapping[str, Entry]) -> Call:
         """The call that runs `rows` rows as `task` says. Raises TaskError for an unknown task."""
+        if self._detached:
+            raise BaseError("base: it was detached from this model; attach it again with MoECL.attach")
         if task is None or isinstance(task, str):
             return Call((None if task is None else find(bank, task).parts,))
         if len(task) != rows:
@@ -179,7 +206,7 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         wanted = labels[:, 1:] != -100
         call.answers = F.pad(wanted, (0, 1))  # position t predicts token t + 1
         with run_with(call):
-            logits = self.base(**inputs, use_cache=False).logits
+            logits = self.base(**{**inputs, "use_cache": False}).logits
         loss = F.cross_entropy(logits.float(), labels[:, 1:][wanted])
         return MoECLOutput(loss=loss, logits=logits, features=call.features)
 
@@ -189,9 +216,10 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         if set(heads) != {True} or len(call.parts) > 1:
             raise TaskError("task: rows of tasks with a classifier head need a batch of their own, one task each")
         parts = call.parts[0]
-        assert parts is not None and parts.head is not None
+        assert parts is not None
+        assert parts.head is not None
         with run_with(call):
-            hidden = self.base.base_model(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
+            hidden = self.base.base_model(**{**inputs, "use_cache": False}).last_hidden_state  # (B, T, D)
         mask = inputs["attention_mask"]
         last = hidden[:, -1] if mask is None else hidden[torch.arange(len(hidden)), last_real(mask)]
         logits = parts.head(last.float())
@@ -202,20 +230,24 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
     def generate(self, input_ids: Tensor, task: TaskNames = None, **kwargs: Any) -> Any:
         """transformers' `generate` with rows answered as `task` says; beams and samples of a row keep its task."""
         with run_with(self.call(task, len(input_ids), self.bank)):
-            return self.base.generate(input_ids, **kwargs)
+            return self.base.generate(input_ids, **kwargs)  # type: ignore[operator]
 
     def detach(self) -> PreTrainedModel:
-        """Give the base back as it was, bitwise."""
+        """Give the base back as it was, bitwise. This model can still be saved, but no longer run."""
         self.injected.detach()
+        self._detached = True
+        mode, trainable = self._before
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        self.base.train(mode)
         return self.base
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the bank along: its frozen parts are no parameters of the model."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for entry in self.bank.values():
-            for module in (entry.parts.shared, entry.parts.task, entry.parts.gate, entry.parts.head):
-                if module is not None:
-                    module._apply(fn)
+            for module in modules(entry.parts):
+                module._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
     # On disk
@@ -228,86 +260,130 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
             model_type=self.base.config.model_type,
         )
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        """A new store with every task, and what further learning needs."""
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *, config: None = None, model_card_kwargs: None = None
+    ) -> None:
+        """Write a store to a new or empty folder: every task, and what further learning needs. Raises StoreError.
+
+        The open task is stored as it is now, and stays open. The mixin's `config` and `model_card_kwargs` are not used.
+        """
         store = Store.create(save_directory, self.base_info())
-        settings = {"retention": self.config.retention, "adapt_layers": self.config.adapt_layers}
+        settings = self.config.model_dump(exclude={"name"}) | {"seed": self.seed}
         records = [
-            (TaskRecord(task=entry.task, form="gated", settings={"scale": entry.parts.scale, **settings}),
-             to_tensors(entry.parts))
+            (
+                TaskRecord(task=entry.task, form="gated", settings={"scale": entry.parts.scale, **settings}),
+                to_tensors(entry.parts),
+            )
             for entry in self.bank.values()
-        ]  # fmt: skip
-        store.commit(records, training=None if self.learner is None else self.learner.export())
+        ]
+        learner = self.learner
+        if learner is not None and self._open is not None:
+            learner = copy.deepcopy(learner)
+            learner.finish()
+        store.commit(records, training=None if learner is None else learner.export())
         store.write_card()
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:  # type: ignore[override]
-        """Write a store to a new or empty folder. Raises StoreError."""
-        self._save_pretrained(Path(save_directory))
-        return None
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Save to a repository of the hub; keyword arguments are those of huggingface_hub's mixin."""
+        return super().push_to_hub(repo_id, **{"ignore_patterns": [".lock"], **kwargs})
 
     @classmethod
-    def _from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
+        pretrained_model_name_or_path: str | Path,
         *,
-        model_id: str,
         base: str | PreTrainedModel | None = None,
-        precision: str | None = None,
         device: str = "auto",
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        **kwargs: Any,
+        **hub: Any,
     ) -> Self:
-        if Path(model_id).is_dir():
-            folder = model_id
-        else:
-            folder = snapshot_download(
-                model_id,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-            )
+        """The model of a store, of a run's folder, or of a repository of the hub, in eval mode.
+
+        `base` replaces the base's name that the store gives; `hub` is passed on to
+        `huggingface_hub.snapshot_download` (revision, token, cache_dir ...). Raises StoreError; BaseError for another
+        base than it was learned on.
+        """
+        folder = str(pretrained_model_name_or_path)
+        if not Path(folder).is_dir():
+            try:
+                folder = snapshot_download(folder, **hub)
+            except (OSError, ValueError) as error:
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                raise StoreError(f"{folder}: no such folder, and not to be had from the hub ({reason})") from error
         return cls.from_store(open_store(folder), base=base, device=device)
 
     @classmethod
     def from_store(cls, store: Store, base: str | PreTrainedModel | None = None, device: str = "auto") -> Self:
-        """The model of a store, every task loaded and checked. Raises StoreError, BaseError for another base."""
-        manifest = store.manifest
-        precision = "bf16" if manifest.base.dtype == "bfloat16" else "fp32"
-        adapt = {str(record.settings.get("adapt_layers", "all")) for record in store.tasks()} or {"all"}
-        layers = adapt.pop()
-        config = MoECLConfig(adapt_layers=layers if layers == "all" else int(layers))
-        model = cls.attach(manifest.base.id if base is None else base, config, precision=precision, device=device)
-        model.base_id = manifest.base.id
-        found = weights_sha256(model.base)
-        if found != manifest.base.sha256:
-            raise BaseError(
-                f"{store.path}: learned on base {manifest.base.id} with sha256 {manifest.base.sha256[:12]}..., "
-                f"this base has {found[:12]}...; load the base it was learned on"
-            )
+        """The model of a store, every task loaded and checked; further tasks are learned on from there.
+
+        Raises StoreError, BaseError for another base.
+        """
+        info = store.manifest.base
+        config, seed = settings_of(store)
+        precision = next((name for name, dtype in DTYPES.items() if str(dtype) == f"torch.{info.dtype}"), "fp32")
+        model = cls.attach(info.id if base is None else base, config, precision=precision, device=device, seed=seed)
+        model.base_id = info.id
+        check_same_base(store, model.base_info())
         model.load_tasks(store)
-        return model
+        if store.manifest.training:
+            model._take_up(store)
+        return model.eval()
 
     def load_tasks(self, store: Store) -> None:
-        """Put a store's tasks into the bank; objects that tasks share are loaded once."""
+        """Put a store's tasks into the bank; objects that tasks share are read once."""
         objects: dict[str, dict[str, Tensor]] = {}
         for record in store.tasks():
+            if record.form != "gated":
+                raise StoreError(f"{store.path}: task {record.name!r} has the form {record.form!r}; upgrade moecl")
             for digest in record.parts.values():
                 if digest not in objects:
                     objects[digest] = store.read(digest)
-            try:
-                found = {part: objects[digest] for part, digest in record.parts.items()}
+            found = {part: objects[digest] for part, digest in record.parts.items()}
+            with fitting(f"{store.path}: task {record.name!r}"):
                 parts = from_tensors(self.geometry, float(record.settings["scale"]), found)  # type: ignore[arg-type]
-            except (RuntimeError, KeyError) as error:
-                raise StoreError(
-                    f"{store.path}: task {record.name!r} does not fit the base ({str(error).splitlines()[0]}); "
-                    "is it another model's? restore the store from a copy"
-                ) from error
-            self.bank[record.name] = Entry(record.task, moved(parts, self.device))
+            for module in modules(parts):
+                module.to(self.device)
+            self.bank[record.name] = Entry(record.task, parts)
+
+    def _take_up(self, store: Store) -> None:
+        """The state for further learning; with retention `live` it is what the tasks share."""
+        learner = self._new_learner()
+        with fitting(f"{store.path}: its state for further learning"):
+            learner.restore(store.training())
+        if self.config.retention == "live":
+            for name, entry in self.bank.items():
+                parts = replace(entry.parts, shared=learner.shared, gate=learner.gate or entry.parts.gate)
+                self.bank[name] = replace(entry, parts=parts)
+        self.learner = learner
+
+
+def settings_of(store: Store) -> tuple[MoECLConfig, int]:
+    """How the last task of a store was learned, and the seed."""
+    records = store.tasks()
+    known = dict(records[-1].settings) if records else {}
+    fields: Any = {name: known[name] for name in MoECLConfig.model_fields if name in known}
+    return MoECLConfig(**fields), int(known.get("seed", 0))  # type: ignore[arg-type]
+
+
+def check_same_base(store: Store, found: BaseInfo) -> None:
+    """Raises BaseError where a store was learned on another base, or on the same one in another dtype."""
+    info = store.manifest.base
+    if found.sha256 != info.sha256:
+        raise BaseError(
+            f"{store.path}: learned on base {info.id} ({info.dtype}, sha256 {info.sha256[:12]}...), not on this one "
+            f"({found.dtype}, {found.sha256[:12]}...); load the base it was learned on"
+        )
+
+
+@contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """Turn torch's many lines about tensors that do not fit a base into a StoreError."""
+    try:
+        yield
+    except (RuntimeError, KeyError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise StoreError(
+            f"{what} does not fit the base ({reason}); is it another model's? restore the store from a copy"
+        ) from error
 
 
 def find(bank: Mapping[str, Entry], name: str) -> Entry:
@@ -317,11 +393,8 @@ def find(bank: Mapping[str, Entry], name: str) -> Entry:
     return entry
 
 
-def moved(parts: Gated, device: torch.device) -> Gated:
-    for module in (parts.shared, parts.task, parts.gate, parts.head):
-        if module is not None:
-            module.to(device)
-    return parts
+def modules(parts: Gated) -> list[nn.Module]:
+    return [module for module in (parts.shared, parts.task, parts.gate, parts.head) if module is not None]
 
 
 def last_real(attention_mask: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ from typing import Any
 
 import yaml
 
-from moecl._atomic import atomic_write, lock_file, one_line
+from moecl._atomic import atomic_write, lock_file, one_line, remove_drafts
 from moecl.config import StreamConfig, dump_stream, load_stream
 from moecl.errors import RunError
 from moecl.results import Result
 
-STREAM, CONFIG, RESULT, PROGRESS = "stream.yaml", "config.yaml", "result.json", "progress.json"
+LOCK, STREAM, CONFIG, RESULT, PROGRESS = ".lock", "stream.yaml", "config.yaml", "result.json", "progress.json"
+REOPENED = "reopened"  # the key of progress.json that makes a finished run one that has more to learn
 
 
 class RunFolder:
@@ -28,10 +29,13 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Be the one process that works in this folder; BusyError says who else does."""
+        """Be the one process that works in this folder, made where it is new; BusyError says who else does."""
         with one_line(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        with lock_file(self.path / ".lock"):
+        with lock_file(self.path / LOCK):
+            with one_line(self.path):
+                remove_drafts(self.path)
+            self._settle()
             yield
 
     def exists(self) -> bool:
@@ -40,24 +44,21 @@ class RunFolder:
     def config(self) -> StreamConfig:
         """The stream as resolved at the first start."""
         if not self.exists():
-            raise RunError(f"{self.path}: not a run folder (no {CONFIG}); make one with `moecl train stream.yaml -o RUN`")
+            raise RunError(
+                f"{self.path}: not a run folder (no {CONFIG}); make one with `moecl train stream.yaml -o RUN`"
+            )
         return load_stream(self.path / CONFIG)
 
     def check_free(self) -> None:
         """A first start needs a folder that holds nothing but what an earlier first start may have left."""
-        known = {".lock", STREAM, CONFIG, PROGRESS, "store", "checkpoints", "tensorboard"}
-        if self.path.exists() and (others := sorted({entry.name for entry in self.path.iterdir()} - known)):
+        known = {LOCK, STREAM, "store"}
+        if others := sorted({entry.name for entry in self.path.iterdir()} - known):
             raise RunError(f"{self.path}: not empty and not a run ({others[0]}); choose another folder with -o")
 
     def start(self, asked: StreamConfig, config: StreamConfig, environment: Mapping[str, Any]) -> None:
         """Write down what was asked and how it was resolved; config.yaml last, since it makes the folder a run."""
         atomic_write(self.path / STREAM, dump_stream(asked).encode())
-        self.write_config(config, environment)
-
-    def write_config(self, config: StreamConfig, environment: Mapping[str, Any]) -> None:
-        facts = yaml.safe_dump(dict(environment), sort_keys=False, allow_unicode=True).splitlines()
-        header = "".join(f"# {line}\n" for line in ["resolved at the first start", *facts])
-        atomic_write(self.path / CONFIG, (header + dump_stream(config)).encode())
+        atomic_write(self.path / CONFIG, described(config, environment).encode())
 
     def check_same(self, asked: StreamConfig) -> None:
         """The run must have been started with what is asked now."""
@@ -71,11 +72,21 @@ class RunFolder:
             )
 
     def progress(self) -> dict[str, Any]:
+        """What `save_progress` wrote last; nothing before the first time."""
         path = self.path / PROGRESS
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: cannot be read ({error}); restore it from a copy of the run") from error
+        if not isinstance(found, dict):
+            raise RunError(f"{path}: holds no progress; restore it from a copy of the run")
+        return found
 
     def save_progress(self, progress: Mapping[str, Any]) -> None:
-        atomic_write(self.path / PROGRESS, dump_json(progress))
+        text = json.dumps(progress, indent=1, ensure_ascii=False)
+        atomic_write(self.path / PROGRESS, text.encode() + b"\n")
 
     def finished(self) -> Result | None:
         return Result.load(self.path / RESULT) if (self.path / RESULT).is_file() else None
@@ -85,26 +96,53 @@ class RunFolder:
         result.save(self.path / RESULT)
         self.clear()
 
-    def reopen(self, config: StreamConfig, environment: Mapping[str, Any], progress: Mapping[str, Any]) -> None:
-        """Make a finished run one that has more to learn; a kill in between leaves either."""
-        self.save_progress(progress)
-        self.write_config(config, environment)
-        (self.path / RESULT).unlink(missing_ok=True)
-
     def clear(self) -> None:
         (self.path / PROGRESS).unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
+    # A finished run that learns one more task
 
-def dump_json(data: Mapping[str, Any]) -> bytes:
-    return json.dumps(data, indent=1, ensure_ascii=False).encode() + b"\n"
+    def reopen(self, config: StreamConfig, progress: Mapping[str, Any], result: Result) -> None:
+        """Make a finished run one that has more to learn: in one file, from which a killed change is completed."""
+        self.clear()
+        now = described(config, result.environment)
+        before = (self.path / CONFIG).read_text(encoding="utf-8")
+        self.save_progress(
+            {**progress, REOPENED: {"now": now, "before": before, "result": result.model_dump(mode="json", by_alias=True)}}
+        )
+        self._settle()
+
+    def undo_reopen(self) -> bool:
+        """Make the run again the finished one that it was; whether it was one. The store is left as it is."""
+        reopened = self.progress().get(REOPENED)
+        if reopened is None:
+            return False
+        # In this order: until the result is there, the next start completes the reopening once more.
+        atomic_write(self.path / CONFIG, reopened["before"].encode())
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self.finish(Result.model_validate(reopened["result"]))
+        return True
+
+    def _settle(self) -> None:
+        """Complete a reopening that may have been killed halfway."""
+        if (reopened := self.progress().get(REOPENED)) is not None:
+            atomic_write(self.path / CONFIG, reopened["now"].encode())
+            (self.path / RESULT).unlink(missing_ok=True)
+
+
+def described(config: StreamConfig, environment: Mapping[str, Any]) -> str:
+    """config.yaml: the stream, below what it was resolved on."""
+    facts = yaml.safe_dump(dict(environment), sort_keys=False, allow_unicode=True).splitlines()
+    return "".join(f"# {line}\n" for line in ["resolved at the first start", *facts]) + dump_stream(config)
 
 
 def differences(before: Any, now: Any, place: str = "") -> list[str]:
     """What changed between two plain values, a line a leaf."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [*before, *(key for key in now if key not in before)]
-        return [line for key in keys for line in differences(before.get(key), now.get(key), f"{place}.{key}".lstrip("."))]
+        return [
+            line for key in keys for line in differences(before.get(key), now.get(key), f"{place}.{key}".lstrip("."))
+        ]
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         pairs = enumerate(zip(before, now, strict=True))
         return [line for n, (old, new) in pairs for line in differences(old, new, f"{place}[{n}]")]

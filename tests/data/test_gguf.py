@@ -1,4 +1,4 @@
-"""The GGUF reader against transformers' own, on a tiny Llama written with the `gguf` package."""
+"""The converted GGUF file against transformers' own, on a tiny Llama written with the `gguf` package."""
 
 import errno
 import json
@@ -9,7 +9,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from moecl.data.gguf import convert, read_gguf, weights
+from moecl.data.gguf import convert
+from moecl.errors import AssetError
 
 HIDDEN, FFN, LAYERS, HEADS, KV = 64, 96, 2, 4, 2
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -109,7 +110,7 @@ def gguf_file(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(gguf_file, tmp_path_factory):
     made = tmp_path_factory.mktemp("converted")
-    convert(gguf_file.read_bytes(), made)
+    convert(gguf_file, made)
     return made
 
 
@@ -172,17 +173,16 @@ def test_digits_stand_alone(folder):
     assert AutoTokenizer.from_pretrained(folder).tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
 
 
-def test_progress_counts_bytes(gguf_file):
+def test_progress_counts_bytes(gguf_file, model, tmp_path):
     calls = []
-    gguf = read_gguf(gguf_file.read_bytes())
-    state = weights(gguf, lambda *call: calls.append(call))
-    total = sum(weight.nbytes for weight in state.values())
+    convert(gguf_file, tmp_path, lambda *call: calls.append(call))
+    total = sum(weight.nbytes for weight in model.parameters())
     assert calls[-1] == ("converting", total, total)
-    assert len(calls) == len(state)
+    assert len(calls) == len(list(model.parameters()))
 
 
 def test_the_same_bytes_each_time(folder, gguf_file, tmp_path):
-    convert(gguf_file.read_bytes(), tmp_path)
+    convert(gguf_file, tmp_path)
     for path in folder.iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -193,5 +193,40 @@ def test_a_full_disk_is_an_os_error(gguf_file, tmp_path, monkeypatch):
 
     monkeypatch.setattr("moecl.data.gguf.save_file", fill)
     with pytest.raises(OSError, match="No space left") as error:
-        convert(gguf_file.read_bytes(), tmp_path)
+        convert(gguf_file, tmp_path)
     assert error.value.errno == errno.ENOSPC
+
+
+def cut(content):
+    return content[: len(content) // 2]
+
+
+def cut_in_the_metadata(content):
+    return content[:1000]
+
+
+def not_gguf(content):
+    return b"PK" + content[2:]
+
+
+def nothing(content):
+    return b""
+
+
+def other_model(content):
+    return content.replace(b"llama.block_count", b"phi33.block_count")
+
+
+def no_such_tensor(content):
+    return content.replace(b"blk.1.attn_q.weight", b"blk.1.attn_x.weight")
+
+
+@pytest.mark.parametrize("damage", [cut, cut_in_the_metadata, not_gguf, nothing, other_model, no_such_tensor])
+def test_a_damaged_file_is_refused_in_one_line(gguf_file, tmp_path, damage):
+    (tmp_path / "bad.gguf").write_bytes(damage(gguf_file.read_bytes()))
+    with pytest.raises(
+        AssetError, match=r"bad\.gguf: not a whole GGUF file of a Llama \(.*\); fetch it again"
+    ) as error:
+        convert(tmp_path / "bad.gguf", tmp_path)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.gguf"]

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from moecl.nn.inject import Injected, decoder_layers
 from moecl.nn.moe_ffn import Call, Gated, MoEFFN, current_call, run_with
-from moecl.nn.reference import reference
+from moecl.nn.reference import delta, reference
 from tiny import FAMILIES, HIDDEN, UNGATED, WIDE, parameters, random_parts, tiny_batch, tiny_model
 
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-9, "atol": 1e-9}}
@@ -186,7 +187,10 @@ def test_mixed_batch_has_gradients():
             logits = injected.base(**{key: value[rows] for key, value in batch.items()}).logits
         return torch.autograd.grad(logits.square().sum(), list(leaves.values()))
 
-    mixed = grads(Call(parts, torch.tensor([0, 1, 2, 2])), slice(None))
+    call = Call(parts, torch.tensor([0, 1, 2, 2]))
+    with torch.no_grad(), run_with(call):
+        injected.base(**batch)  # leaves nothing behind that a step of learning would reuse
+    mixed = grads(call, slice(None))
     alone = grads(Call((parts[2],)), slice(2, 4))
     for ours, oracle in zip(mixed, alone, strict=True):
         torch.testing.assert_close(ours, oracle, **TOLERANCE[torch.float64])
@@ -233,6 +237,16 @@ def test_generation_with_and_without_cache_agree(options):
     assert torch.equal(cached, generate(injected, call(), batch, use_cache=False, **options))
 
 
+def test_a_call_takes_batches_of_any_number_of_beams():
+    injected = Injected(tiny_model(), "all")
+    batch = tiny_batch()
+    call = Call((random_parts(injected.geometry), random_parts(injected.geometry, 1)), torch.tensor([0, 1, 0]))
+    with torch.no_grad(), run_with(call):
+        one = injected.base(**batch).logits
+        two = injected.base(**{key: value.repeat_interleave(2, dim=0) for key, value in batch.items()}).logits
+    torch.testing.assert_close(two, one.repeat_interleave(2, dim=0), **TOLERANCE[torch.float32])
+
+
 def test_calls_nest_and_leave_nothing_behind():
     outer, inner = Call((None,)), Call((None,))
     with run_with(outer):
@@ -276,19 +290,30 @@ def test_dropout_masks_what_lora_a_sees_and_nothing_else():
     torch.testing.assert_close((mean_y * real).sum(dim=1), with_twins.features[LAYER], **TOLERANCE[torch.float32])
 
 
-def test_dropout_is_unbiased_in_the_linear_part():
-    injected = Injected(tiny_model("opt"), "all")
-    parts = random_parts(injected.geometry)  # on the down projection alone, so that y is linear in the mask
-    for expert in (parts.shared, parts.task):
-        nn.init.zeros_(expert.pair(LAYER, "up_proj").lora_B)
-    x = inputs()[0][:1, :2]
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_dropout_term_by_term(family):
+    """One mask of x in front of every first lora_A, one of h in front of every last; base terms and gate see all."""
+    injected = Injected(tiny_model(family, dtype=torch.float64), "all")
+    ffn, parts = moe_ffn(injected), cast(random_parts(injected.geometry), torch.float64)
+    x, mask = inputs(torch.float64)
+    call = Call((parts,), attention_mask=mask, features={}, dropout=0.5)
     torch.manual_seed(0)
-    with torch.no_grad():
-        with run_with(Call((parts,), dropout=0.5)):
-            many = moe_ffn(injected)(x.expand(4000, -1, -1)).mean(dim=0)
-        with run_with(Call((parts,))):
-            exact = moe_ffn(injected)(x)[0]
-    assert (many - exact).abs().max() < 0.1 * exact.abs().max()
+    with run_with(call):
+        y = ffn(x)
+    torch.manual_seed(0)
+    seen = x * F.dropout(torch.ones_like(x), 0.5)
+    keep = F.dropout(torch.ones(*x.shape[:2], WIDE, dtype=x.dtype), 0.5)
+    gate, up = ffn.ffn.project(x)
+    outputs = []
+    for expert in (parts.shared, parts.task):
+        moved = [None if base is None else base + delta(seen, expert, LAYER, name, parts.scale)
+                 for base, name in ((gate, "gate_proj"), (up, "up_proj"))]  # fmt: skip
+        h = ffn.ffn.hidden(*moved)
+        outputs.append(ffn.ffn.down(h) + delta(h * keep, expert, LAYER, "down_proj", parts.scale))
+    b = torch.softmax(x @ parts.gate.weight(LAYER).T, dim=-1)
+    torch.testing.assert_close(y, b[..., :1] * outputs[0] + b[..., 1:] * outputs[1], **TOLERANCE[torch.float64])
+    real = (mask / mask.sum(dim=1, keepdim=True, dtype=torch.float64))[..., None]
+    torch.testing.assert_close(call.features[LAYER], (outputs[0] * real).sum(dim=1), **TOLERANCE[torch.float64])
 
 
 # --- bf16, memory and counts ---

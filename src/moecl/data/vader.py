@@ -38,7 +38,7 @@ class Row:
 
     @property
     def group(self) -> str:
-        """`12` of `12_3`; a tweet is its own."""
+        """`12` of `12_3`; tweets and movie snippets are numbered through, with no review named: each is its own."""
         return self.id.partition("_")[0]
 
 

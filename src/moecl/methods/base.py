@@ -1,9 +1,9 @@
-"""What a continual-learning method is to the rest: it makes parts for a task, says what it trains, and finishes them."""
+"""What a continual-learning method is to the rest: it makes a task's parts, says what it trains, and finishes them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -15,10 +15,10 @@ Parts = Gated  # one form so far
 
 @dataclass(frozen=True)
 class Finished:
-    """A learned task: its parts by object, what its form needs besides tensors, and parts that moved under old tasks."""
+    """A learned task: its tensors by part, what its form needs besides them, and parts that moved under old tasks."""
 
     form: str
-    settings: dict[str, float | int | str]
+    settings: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
     moved: dict[str, dict[str, Tensor]]
     parts: Parts

@@ -14,7 +14,7 @@ published setting.
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from moecl.config import MoECLConfig, Task
 from moecl.methods.base import Finished, Method, Parts
@@ -38,7 +38,7 @@ class MoECLMethod(Method):
     def preview(self, task: Task) -> Parts | None:
         return None if task.head == "classifier" else self.state.preview(task.name)
 
-    def groups(self) -> dict[str, list]:  # type: ignore[type-arg]
+    def groups(self) -> dict[str, list[nn.Parameter]]:
         return self.state.groups()
 
     def penalty(self, features: Mapping[int, Tensor], step: int) -> Tensor:
@@ -51,7 +51,7 @@ class MoECLMethod(Method):
             moved["shared"] = tensors(parts.shared)
             if self.state.gate is not None:
                 moved["gate"] = tensors(parts.gate)
-        settings = {"scale": parts.scale, "retention": self.config.retention}
+        settings = {"scale": parts.scale, **self.config.model_dump(exclude={"name"})}
         return Finished("gated", settings, to_tensors(parts), moved, parts)
 
     def export(self) -> dict[str, dict[str, Tensor]]:
