@@ -109,10 +109,17 @@ class FFN:
         return self.activation(gate) * up
 
 
-def lora(x: Tensor, pair: tuple[Tensor, Tensor], scale: float | Tensor) -> Tensor:
-    """`c B A x` for x [B, T, in]; one pair for all rows or one a row."""
+def add_lora(y: Tensor, x: Tensor, pair: tuple[Tensor, Tensor], scale: float | Tensor) -> Tensor:
+    """`y + c B A x` for y [B, T, out], x [B, T, in]; one pair for all rows or one a row.
+
+    `scale` may be [B, T, 1]: what weighs x can as well weigh A x, where a token is r numbers. The sum is formed by the
+    product itself, not in another pass over y.
+    """
     lora_A, lora_B = pair
-    return (x @ lora_A.mT * scale) @ lora_B.mT
+    low = x @ lora_A.mT * scale  # (B, T, r)
+    if lora_B.dim() == 2:
+        return torch.addmm(y.flatten(0, 1), low.flatten(0, 1), lora_B.mT).view_as(y)
+    return torch.baddbmm(y, low, lora_B.mT)
 
 
 class MoEFFN:
@@ -145,8 +152,8 @@ class MoEFFN:
         keep = F.dropout(torch.ones_like(h_s), call.dropout) if call.dropout else None
         seen_s, seen_t = (h_s, h_t) if keep is None else (h_s * keep, h_t * keep)
         y = self.ffn.down(torch.lerp(h_s, h_t, b_t))  # (B, T, D)
-        y = y + lora_down(seen_s, b_s, parts.shared["down_proj"], parts.scale)
-        y = y + lora_down(seen_t, b_t, parts.task["down_proj"], parts.scale)
+        y = add_lora(y, seen_s, parts.shared["down_proj"], b_s * parts.scale)
+        y = add_lora(y, seen_t, parts.task["down_proj"], b_t * parts.scale)
         if call.features is not None:
             call.features[self.layer] = self.pooled(h_s, seen_s, parts, call)
         if call.gate_use is not None:
@@ -162,8 +169,8 @@ class MoEFFN:
         scale: float | Tensor,
     ) -> Tensor:
         if gate is not None:
-            gate = gate + lora(x, pairs["gate_proj"], scale)
-        return self.ffn.hidden(gate, up + lora(x, pairs["up_proj"], scale))
+            gate = add_lora(gate, x, pairs["gate_proj"], scale)
+        return self.ffn.hidden(gate, add_lora(up, x, pairs["up_proj"], scale))
 
     def pooled(self, h_s: Tensor, seen_s: Tensor, parts: LayerParts, call: Call) -> Tensor:
         """p [B, D]: the mean over real tokens of the shared expert's output, never formed per token."""
@@ -172,13 +179,7 @@ class MoEFFN:
         weights = (real / real.sum(dim=1, keepdim=True))[:, None, :]  # (B, 1, T)
         m = weights @ h_s  # (B, 1, F)
         m_seen = m if seen_s is h_s else weights @ seen_s
-        return (self.ffn.down(m) + lora(m_seen, parts.shared["down_proj"], parts.scale))[:, 0]
-
-
-def lora_down(h: Tensor, weight: Tensor, pair: tuple[Tensor, Tensor], scale: float | Tensor) -> Tensor:
-    """`c B A (b h)`, with b [B, T, 1] moved behind A, where a token is r numbers and not F."""
-    lora_A, lora_B = pair
-    return (h @ lora_A.mT * (weight * scale)) @ lora_B.mT
+        return add_lora(self.ffn.down(m), m_seen, parts.shared["down_proj"], parts.scale)[:, 0]
 
 
 def layer_parts(call: Call, layer: int, projections: tuple[str, ...], x: Tensor) -> LayerParts:
