@@ -22,10 +22,10 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 test-all: lint
-	$(BIN)/pytest -m ''
+	$(BIN)/pytest -n auto -m ""
 
 clean:
 	rm -rf $(VENV) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,5 +1,8 @@
 """`python -m moecl`."""
 
+import sys
+
 from moecl.cli import main
 
-main()
+if __name__ == "__main__":
+    sys.exit(main())

@@ -36,6 +36,8 @@ def load_backbone(name: str, precision: str = "fp32", device: str = "cpu", progr
     No remote code is run, and no weight is made up: a base that lacks one is refused.
     """
     source = assets.resolve_base(name, progress=progress) if assets.is_asset(name) else name
+    if progress:
+        progress("loading the base", 0, 0)
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(

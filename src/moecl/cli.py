@@ -4,41 +4,43 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperCommand
+from typer.main import get_command
 
-from moecl.errors import ConfigError, DataError, MoECLError, RunError
+from moecl.errors import ConfigError, RunError, near
+from moecl.terminal import Command, CommandWithKeys, explain, quietly
 
 if TYPE_CHECKING:
     from moecl.config import StreamConfig
     from moecl.results import Result
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     help="Teach a language model one task after another, and keep what it learned.",
     epilog="Start with `moecl demo`, then `moecl init` and `moecl check` for a stream of your own.",
 )
-cache_app = typer.Typer(no_args_is_help=True, help="What was fetched, and where it is.")
+cache_app = typer.Typer(help="What was fetched, and where it is.")
 app.add_typer(cache_app, name="cache")
 
-STEP = 64  # rows that `predict` answers before it prints
+GOES_ON = ("train", "learn", "demo")
+SPLITS = ("test", "validation", "train")
 out, err = Console(), Console(stderr=True)
 
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. train.lr=5e-4; repeatable.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")
 ]
+Stream = Annotated[Path, typer.Argument(metavar="STREAM", help="A stream file; `moecl init` writes one.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Device = Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps ...")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -47,61 +49,52 @@ def everywhere(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    """Options of every command. `main` reads --debug itself, so that it may stand anywhere."""
+    """Options of every command. `main` reads them itself, so that --debug may stand anywhere."""
 
 
-def main() -> None:
-    """Run the command line: errors in one line, exit 2 for what the user can fix, 1 for the rest."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
-    if arguments == ["--version"]:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line: errors in one line; 2 for what the user can fix, 1 for the rest, 130 for Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = [word for word in given if word != "--debug"]
+    if words[:1] == ["--version"]:
         from importlib.metadata import version
 
         print(f"moecl {version('moecl')}")
-        return
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        return 0
     try:
-        app(arguments)
+        status = get_command(app).main(words or ["--help"], prog_name="moecl", standalone_mode=False) or 0
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(complain("stopped; the same command goes on where it was", 130))
+        return 1
     except Exception as error:
-        if debug:
+        if len(words) < len(given):
             traceback.print_exc()
-        if isinstance(error, MoECLError):
-            sys.exit(complain(str(error), error.exit_code))
-        reason = " ".join(str(error).split()) or "no message"
-        sys.exit(complain(f"{type(error).__name__}: {reason} (this should not happen: --debug shows where)", 1))
+        message, status = explain(error)
+        complain(message)
+    if status == 130:
+        complain("stopped" + ("; the same command goes on" if words[0] in GOES_ON else ""))
+    return int(status)
 
 
-def complain(message: str, status: int) -> int:
+def complain(message: str) -> None:
     err.print(f"moecl: {message}", highlight=False, markup=False, soft_wrap=True)
-    return status
 
 
 # Learning
 
 
-class WithKeys(TyperCommand):
-    """A command whose help ends with every key of a stream file, from the settings' own descriptions."""
-
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        from moecl.config import describe_settings
-
-        rows = [(f"{key} <{kind}>", f"{text} [default: {default}]") for key, kind, default, text in describe_settings()]
-        with formatter.section("Keys of a stream file, for --set too"):
-            formatter.write_dl(rows)
-
-
-@app.command(cls=WithKeys)
+@app.command(
+    cls=CommandWithKeys,
+    epilog="moecl train stream.yaml -o runs/mine\nmoecl train stream.yaml -o runs/slow --set train.lr=1e-4",
+)
 def train(
-    stream: Annotated[Path, typer.Argument(metavar="STREAM", help="A stream file; `moecl init` writes one.")],
+    stream: Stream,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="RUN", help="The run folder; default runs/STREAM.")
     ] = None,
     overrides: Overrides = None,
+    device: Device = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False,
 ) -> None:
     """Learn a stream of tasks.
@@ -110,7 +103,7 @@ def train(
     """
     from moecl.config import load_stream
 
-    config = load_stream(stream, overrides or [])
+    config = load_stream(stream, [*(overrides or []), *([f"train.device={device}"] if device else [])])
     folder = output or Path("runs") / stream.stem
     if dry_run:
         print_plan(config, folder)
@@ -127,18 +120,36 @@ def print_plan(config: "StreamConfig", folder: Path) -> None:
     print(f"# would be learned into {folder}:")
     for task in config.tasks:
         splits = load_task_data(task).splits()
-        counts = ", ".join(f"{len(split.examples)} {name} rows" for name, split in splits.items())
         steps = -(-len(splits["train"].examples) // config.train.batch_size) * config.train.epochs
-        print(f"#   {task.name}: {counts}, {steps} batches")
+        print(f"#   {task.name}: {counts(splits)}, {steps} batches")
+
+
+def counts(splits: dict[str, Any]) -> str:
+    return ", ".join(f"{len(split.examples)} {name} rows" for name, split in splits.items())
 
 
 def learn_stream(config: "StreamConfig", folder: Path) -> "Result":
-    with quietly():
-        from moecl.train import ContinualTrainer
-        from moecl.watch import watcher
+    from moecl.run_folder import RunFolder
 
+    run = RunFolder(folder)
+    if run.exists():
+        run.check_same(config)
+        if (result := run.finished()) is not None:  # shown without the seconds that torch takes to load
+            return result
+    with learning() as watching:
+        from moecl.train import ContinualTrainer
+
+        return ContinualTrainer(config, folder, watching).run()
+
+
+@contextmanager
+def learning() -> Iterator[Any]:
+    """A watcher on the screen, and nothing else; what takes seconds to import is imported here."""
+    with quietly():
+        with err.status("starting"):
+            from moecl.watch import watcher
         with watcher(err) as watching:
-            return ContinualTrainer(config, folder, watching).run()
+            yield watching
 
 
 def show_run(result: "Result", folder: Path) -> None:
@@ -147,7 +158,9 @@ def show_run(result: "Result", folder: Path) -> None:
     show_result(out, result, str(folder))
 
 
-@app.command()
+@app.command(
+    cls=Command, epilog="moecl learn runs/mine --task new.yaml\nmoecl learn runs/mine --task changed.yaml --replace"
+)
 def learn(
     run: Run,
     task: Annotated[Path, typer.Option("--task", metavar="FILE", help="A YAML file with the new task's keys.")],
@@ -156,31 +169,37 @@ def learn(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read the task and its data, and stop.")] = False,
 ) -> None:
-    """Teach a finished run one more task, without the old tasks' data."""
-    from moecl.config import load_task
+    """Teach a finished run one more task.
 
+    The old tasks' data is not needed. FILE holds what stands under a task of a stream: name, kind, train and so on.
+    """
+    from moecl.config import load_task
+    from moecl.run_folder import RunFolder
+
+    RunFolder(run).config()
+    if not task.exists():
+        raise ConfigError(f"--task {task}: no such file; give a YAML file with the new task's keys")
     config = load_task(task)
     if dry_run:
         from moecl.data.task import load_task_data
 
-        data = load_task_data(config)
-        counts = ", ".join(f"{len(split.examples)} {name} rows" for name, split in data.splits().items())
-        print(f"{config.name}: {counts}; would be learned into {run}")
+        print(f"{config.name}: {counts(load_task_data(config).splits())}; would be learned into {run}")
         return
-    with quietly():
+    with learning() as watching:
         from moecl.train import learn as learn_task
-        from moecl.watch import watcher
 
-        with watcher(err) as watching:
-            result = learn_task(run, config, replace, watching)
+        result = learn_task(run, config, replace, watching)
     show_run(result, run)
 
 
-@app.command()
+@app.command(cls=Command, epilog="moecl demo\nmoecl demo -o runs/mine")
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="The run folder.")] = Path("runs/demo"),
 ) -> None:
-    """Watch a real language model learn four real tasks in a row and keep them: some minutes on two cores."""
+    """Watch a real model learn four real tasks and keep them.
+
+    Fetches SmolLM2-135M-Instruct and four sentiment data sets, once; takes some minutes on two cores.
+    """
     from moecl.config import load_stream
 
     with resources.as_file(resources.files("moecl") / "demo.yaml") as path:
@@ -195,250 +214,161 @@ def demo(
 # Using
 
 
-@app.command()
+@app.command(
+    cls=Command,
+    epilog="moecl predict runs/mine comments.txt --task reviews\necho 'I like it.' | moecl predict runs/mine",
+)
 def predict(
     run: Run,
-    task: Annotated[str, typer.Option("--task", metavar="NAME", help="The task that answers; `moecl tasks RUN` lists them.")],
     file: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="JSONL rows or plain lines; default standard input.")
+        Path | None, typer.Argument(metavar="FILE", help="JSONL rows or plain lines; default standard input.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps ...")] = "auto",
+    task: Annotated[
+        str | None, typer.Option("--task", metavar="NAME", help="The task that answers; `moecl tasks RUN` lists them.")
+    ] = None,
+    device: Device = None,
 ) -> None:
-    """Answer texts: one JSON object a row, in order, with `label` and `scores`."""
-    from moecl.store import Store
+    """Answer texts: one JSON object a row, in order.
 
-    Store.open(store_of(run), readonly=True).record(task)  # an unknown task shows before the base is loaded
+    Each has the `label` and the `scores` of all labels; for a generation task `label` is the text that was written.
+    """
+    if file is None and sys.stdin.isatty():
+        err.print("rows from the terminal, one a line; Ctrl-D ends", style="dim")
     with quietly():
-        from moecl.data.task import rows_from_lines
-        from moecl.engine import Engine
+        from moecl.using import answers
 
-        engine = Engine(load(run, device))
-        with lines_of(file) as lines:
-            rows = rows_from_lines(lines, engine.bank[task].task, "stdin" if file is None else str(file))
-            for chunk in chunks(rows):
-                for prediction in engine.predict(chunk, task):
-                    print(json.dumps({"label": prediction.label, "scores": prediction.scores}, ensure_ascii=False))
-                sys.stdout.flush()
+        for found in answers(run, file, task, device or "auto"):
+            print("\n".join(json.dumps(one, ensure_ascii=False) for one in found), flush=True)
 
 
-def chunks(rows: Iterable[Any]) -> Iterator[list[Any]]:
-    rows = iter(rows)
-    while chunk := list(islice(rows, STEP)):
-        yield chunk
-
-
-@contextmanager
-def lines_of(file: Path | None) -> Iterator[BinaryIO]:
-    if file is None:
-        yield sys.stdin.buffer
-        return
-    try:
-        with file.open("rb") as lines:
-            yield lines
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}; give a file of JSONL rows or plain lines") from error
-
-
-def store_of(run: Path) -> Path:
-    """The store of a run, or the folder itself where it is one."""
-    from moecl.store import Store
-
-    if not run.is_dir():
-        raise RunError(f"{run}: no such folder; give a run folder, as `moecl train` makes them")
-    return run if Store.exists(run) else run / "store"
-
-
-def load(run: Path, device: str = "auto") -> Any:
-    from moecl.model import MoECL
-    from moecl.store import Store
-
-    return MoECL.from_store(Store.open(store_of(run), readonly=True), device=device)
-
-
-@app.command("eval")
+@app.command("eval", cls=Command, epilog="moecl eval runs/mine\nmoecl eval runs/mine --task reviews --split validation")
 def evaluate(
     run: Run,
     tasks: Annotated[
         list[str] | None, typer.Option("--task", metavar="NAME", help="Only this task; repeatable.")
     ] = None,
-    split: Annotated[str, typer.Option("--split", help="test, validation or train.")] = "test",
+    split: Annotated[str, typer.Option("--split", metavar="SPLIT", help="test, validation or train.")] = "test",
+    device: Device = None,
     as_json: AsJson = False,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, mps ...")] = "auto",
 ) -> None:
-    """Score a run's tasks as they are now, on the splits that its config names."""
-    from moecl.run_folder import RunFolder
+    """Score a run's tasks as they are now.
+
+    The rows are those of the splits that the run's config.yaml names.
+    """
     from moecl.show import show_scores
-    from moecl.store import Store
+    from moecl.using import scores
 
-    if split not in ("test", "validation", "train"):
-        raise ConfigError(f"--split: {split!r} is none of test, validation, train")
-    config = RunFolder(run).config()
-    store = Store.open(store_of(run), readonly=True)
-    names = [store.record(name).name for name in tasks] if tasks else [record.name for record in store.tasks()]
-    sources = {task.name: task for task in config.tasks}
-    rows = []
-    with quietly():
-        from moecl.data.task import read_split
-        from moecl.engine import Engine
-        from moecl.evaluate import evaluate_task
-
-        engine = Engine(load(run, device), batch_tokens=config.train.eval_batch_tokens)
-        for name in names:
-            source = getattr(sources[name], split)
-            if source is None:
-                raise DataError(f"task {name!r} has no {split} rows in {run / 'config.yaml'}; choose another --split")
-            entry = engine.bank[name]
-            found = read_split(source, entry.task, getattr(sources[name].limit, split), split)
-            encoded = engine.encoder(entry.task).encode(found.examples, answers=False)
-            rows.append({"task": name, **vars(evaluate_task(engine, entry, found, encoded))})
+    if split not in SPLITS:
+        raise ConfigError(f"--split: {split!r} is none of {', '.join(SPLITS)}{near(split, SPLITS)}")
+    with learning() as watching:
+        rows = scores(run, tasks or [], split, device or "auto", watching)
     print(json.dumps(rows, ensure_ascii=False)) if as_json else show_scores(out, rows)
 
 
-@app.command()
+@app.command(cls=Command, epilog="moecl tasks runs/mine")
 def tasks(run: Run, as_json: AsJson = False) -> None:
-    """List what a run has learned."""
-    from moecl.run_folder import RunFolder
-    from moecl.show import show_tasks
-    from moecl.store import Store
+    """List what a run has learned.
 
-    store, result = Store.open(store_of(run), readonly=True), RunFolder(run).finished()
-    last = dict(zip(result.tasks, result.R[-1], strict=True)) if result else {}
-    rows = [
-        {
-            "task": record.name,
-            "version": record.version,
-            "kind": record.task.kind,
-            "labels": list(record.task.labels or ()),
-            "metric": record.task.metric,
-            "score": last.get(record.name),
-            "bytes": sum(store.bytes(record.name)),
-            "parts": dict(record.parts),
-        }
-        for record in store.tasks()
-    ]
+    The score is that of the end of the run, and a sha256 that of the task's own expert.
+    """
+    from moecl.show import show_tasks
+    from moecl.using import learned
+
+    rows = learned(run)
     print(json.dumps(rows, ensure_ascii=False)) if as_json else show_tasks(out, rows)
 
 
 # Preparing
 
 
-@app.command()
+@app.command(cls=Command, epilog="moecl init stream.yaml")
 def init(
-    file: Annotated[Path, typer.Argument(metavar="[FILE]", help="The stream file to write.")] = Path("stream.yaml"),
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The stream file to write.")] = Path("stream.yaml"),
 ) -> None:
     """Write a commented stream file to start from."""
     from moecl._atomic import one_line
 
     text = (resources.files("moecl") / "template.yaml").read_text(encoding="utf-8")
-    with one_line(file):
-        try:
-            with file.open("x", encoding="utf-8") as target:
-                target.write(text)
-        except FileExistsError as error:
-            raise RunError(f"{file}: exists already; give another name") from error
-    print(f"{file} written: name your data in it, then `moecl check {file}`")
+    if file.exists():
+        raise RunError(f"{file}: exists already; give another name")
+    if not file.parent.is_dir():
+        raise RunError(f"{file}: no folder {file.parent}; make it first")
+    with one_line(file), file.open("x", encoding="utf-8") as target:
+        target.write(text)
+    err.print(f"{file} written: name your data in it, then `moecl check {file}`", highlight=False, soft_wrap=True)
 
 
-@app.command()
-def check(
-    stream: Annotated[Path, typer.Argument(metavar="STREAM", help="A stream file.")],
-    overrides: Overrides = None,
-    as_json: AsJson = False,
-) -> None:
-    """Validate a stream, its data and its base, and estimate time and memory, without training."""
+@app.command(cls=Command, epilog="moecl check stream.yaml\nmoecl check stream.yaml --set train.max_length=128")
+def check(stream: Stream, overrides: Overrides = None, device: Device = None, as_json: AsJson = False) -> None:
+    """Validate a stream and estimate its cost, without training.
+
+    Reads all rows and the base: counts, balance, token lengths, cuts, duplicates and overlaps; time and memory.
+    """
     from moecl.config import load_stream
-    from moecl.data.task import load_task_data
-    from moecl.show import show_check
 
-    config = load_stream(stream, overrides or [])
-    data = [load_task_data(task) for task in config.tasks]
-    with quietly():
-        from moecl.backbone import load_backbone
-        from moecl.data.check import describe
-        from moecl.data.encode import Encoder
-        from moecl.estimate import estimate
-        from moecl.train import Watcher, attach, resolve
-        from moecl.watch import watcher
+    config = load_stream(stream, [*(overrides or []), *([f"train.device={device}"] if device else [])])
+    with learning() as watching:
+        from moecl.estimate import survey
 
-        with watcher(err) as watching:
-            settled = resolve(config, Watcher())
-            train = settled.train
-            backbone = load_backbone(settled.base, train.precision, train.device, watching.fetching)
-        assert backbone.tokenizer is not None
-        encoders = [Encoder(backbone.tokenizer, one.task, one.task.max_length or train.max_length) for one in data]
-        found = [describe(one, encoder) for one, encoder in zip(data, encoders, strict=True)]
-        sides = [(encoder.encode(one.train.examples), one.test) for one, encoder in zip(data, encoders, strict=True)]
-        tests = [
-            encoder.encode(test.examples, answers=False) if test else []
-            for (_, test), encoder in zip(sides, encoders, strict=True)
-        ]
-        cost = estimate(attach(backbone, settled)[0], settled, [rows for rows, _ in sides], tests)
+        found = survey(config, watching)
     if as_json:
-        print(json.dumps({"tasks": found, "estimate": cost}, ensure_ascii=False))
+        print(json.dumps(found, ensure_ascii=False))
     else:
-        show_check(out, found, cost)
+        from moecl.show import show_check
+
+        show_check(out, found["tasks"], found["estimate"])
 
 
-@app.command()
+@app.command(cls=Command, epilog="moecl fetch\nmoecl fetch smollm2-135m-instruct")
 def fetch(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Assets to fetch; default all that there are.")
+        list[str] | None, typer.Argument(metavar="NAME", help="Assets to fetch; default all that there are.")
     ] = None,
 ) -> None:
-    """Fetch models and data ahead, for a machine that will have no network."""
-    with quietly():
-        from moecl.data.assets import ASSETS
-        from moecl.data.assets import fetch as fetch_asset
-        from moecl.watch import watcher
+    """Fetch models and data ahead.
 
-        for name in names or ASSETS:
-            with watcher(err) as watching:
-                path = fetch_asset(name, watching.fetching)
-            print(f"{name}: {path}")
+    For a machine that will have no network: the cache may be copied to it. MOECL_CACHE names another folder for it.
+    """
+    from moecl.data.assets import ASSETS
+    from moecl.data.assets import fetch as fetch_asset
+
+    for name in names or ASSETS:
+        with learning() as watching:
+            path = fetch_asset(name, watching.fetching)
+        print(f"{name}: {path}")
 
 
-@cache_app.command("list")
+@cache_app.command("list", cls=Command, epilog="moecl cache list")
 def cache_list(as_json: AsJson = False) -> None:
     """List what is in the cache."""
     from moecl.data.assets import cache_dir, cached
+    from moecl.show import size
 
     found = cached()
     if as_json:
         print(json.dumps([{"name": it.name, "path": str(it.path), "bytes": it.bytes} for it in found]))
         return
     for asset in found:
-        print(f"{asset.name}  {asset.bytes / 1e6:.1f} MB  {asset.when:%Y-%m-%d}  {asset.path}")
+        print(f"{asset.name}  {size(asset.bytes)}  {asset.when.astimezone():%Y-%m-%d %H:%M}  {asset.path}")
     if not found:
-        print(f"nothing in {cache_dir()}; `moecl fetch` fills it, MOECL_CACHE names another folder")
+        err.print(f"nothing in {cache_dir()}; `moecl fetch` fills it", highlight=False, soft_wrap=True)
 
 
-@cache_app.command("clear")
+@cache_app.command("clear", cls=Command, epilog="moecl cache clear\nmoecl cache clear vader4")
 def cache_clear(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these assets.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these assets.")] = None,
 ) -> None:
     """Remove fetched assets; they are fetched again when needed."""
     from moecl.data.assets import cache_dir, clear
 
     clear(names or None)
-    print(f"cleared {', '.join(names) if names else 'all'} in {cache_dir()}")
+    err.print(f"cleared {', '.join(names) if names else 'all'} in {cache_dir()}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=Command, epilog="moecl methods")
 def methods() -> None:
     """List the methods a stream can name."""
     from moecl.config import METHODS
 
     for name, settings in METHODS.items():
         print(f"{name:18} {(settings.__doc__ or '').strip().splitlines()[0]}")
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Keep other libraries' bars and advice out of what we print."""
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    yield

@@ -20,12 +20,25 @@ from moecl.errors import BaseError, TaskError
 from moecl.model import Entry, MoECL, TaskNames, find
 from moecl.nn.moe_ffn import Call, run_with
 
+__all__ = ["Engine", "Entry", "Prediction", "Request"]
+
 BATCH_TOKENS = 4096  # padding included, where nothing else was resolved
 MAX_ROWS = 128
 MAX_LENGTH = 512
 MAX_NEW_TOKENS = 64
 # A base's own settings are for chatting; those that would bend a greedy answer are put back to what does nothing.
-GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "max_new_tokens": None,
+    "min_new_tokens": None,
+    "min_length": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -218,11 +231,11 @@ class Engine:
     def _write(self, batch: Sequence[Request], max_new_tokens: int) -> list[Prediction]:
         inputs, call = self._inputs(batch)
         del inputs["position_ids"]  # generate counts them itself
-        end = batch[0].encoder.end
-        settings = {**GREEDY, "eos_token_id": end, "pad_token_id": self.pad_id, "max_new_tokens": max_new_tokens}
+        end, width = batch[0].encoder.end, inputs["input_ids"].shape[1]
+        settings = {**GREEDY, "eos_token_id": end, "pad_token_id": self.pad_id, "max_length": width + max_new_tokens}
         with run_with(call):
             tokens = self.model.base.generate(**inputs, **settings)  # type: ignore[operator]
-        answers = [before(end, ids) for ids in tokens[:, inputs["input_ids"].shape[1] :].tolist()]
+        answers = [before(end, ids) for ids in tokens[:, width:].tolist()]
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [Prediction(one.entry.task.name, text.strip(), {}) for one, text in zip(batch, texts, strict=True)]
 

@@ -1,86 +1,214 @@
-"""What a stream will cost, before any training: a scratch step is timed and its saved bytes are counted."""
+"""What `moecl check` finds: the data of every task, and what learning the stream will cost, before any training.
 
+Bytes of the base, of what is trained and of what is stored are counted, and so is what one training step keeps for its
+backward pass; seconds, and what that step takes beyond it, are measured.
+"""
+
+import resource
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from moecl.backbone import load_backbone
 from moecl.config import StreamConfig
+from moecl.data.check import describe
 from moecl.data.encode import Encoded, collate, plan_batches
+from moecl.data.task import TaskData, load_task_data
 from moecl.engine import Engine
+from moecl.evaluate import evaluate_task, prompts
+from moecl.methods.base import Method
 from moecl.model import Entry, MoECL
-from moecl.train import attach_method, resolve
-from moecl.train import Watcher as Quiet
+from moecl.session import Course, Watcher, asked_for, attach, attach_method, resolve
+from moecl.store import encode
+from moecl.task_trainer import Learner
 
-SCRATCH_ROWS = 8
-OPTIMIZER_COPIES = 4  # a trained number, its gradient and AdamW's two moments
+SCRATCH_TOKENS = 4096  # of the step that is timed, padding included
+SCRATCH_ANSWERS = 32
+COPIES = 5  # of a trained number: itself, its gradient, AdamW's two moments and the best step's value
+
+
+def survey(config: StreamConfig, watcher: Watcher) -> dict[str, Any]:
+    """`tasks`: what `describe` says of each; `estimate`: what `estimate` does. Writes nothing. Raises as `train`."""
+    data = [load_task_data(task) for task in config.tasks]  # faults in data show before the base is loaded
+    config = resolve(config, watcher)
+    train = config.train
+    torch.set_num_threads(train.threads or torch.get_num_threads())
+    process = taken_bytes(torch.device("cpu")) if train.device == "cpu" else 0
+    backbone = load_backbone(config.base, train.precision, train.device, watcher.fetching)
+    model, method = attach(backbone, config)
+    engine = Engine(model, batch_tokens=train.eval_batch_tokens)
+    courses = [course(one, config, engine) for one in data]
+    found = [
+        describe(replace(one, task=of.task), engine.encoder(of.task)) for one, of in zip(data, courses, strict=True)
+    ]
+    return {"tasks": found, "estimate": estimate(model, method, config, courses, process)}
+
+
+def course(data: TaskData, config: StreamConfig, engine: Engine) -> Course:
+    settled = {
+        "head": data.task.head or config.head,
+        "max_length": data.task.max_length or config.train.max_length,
+    }
+    task = data.task.model_copy(update=settled)
+    return Course(
+        task,
+        data,
+        engine.encoder(task).encode(data.train.examples),
+        [] if data.validation is None else prompts(engine, task, data.validation),
+        None if data.test is None else (data.test, prompts(engine, task, data.test)),
+    )
 
 
 def estimate(
-    model: MoECL, config: StreamConfig, train: Sequence[Sequence[Encoded]], test: Sequence[Sequence[Encoded]]
+    model: MoECL, method: Method, config: StreamConfig, courses: Sequence[Course], process: int = 0
 ) -> dict[str, Any]:
-    """Seconds, bytes at the peak and bytes a task, for encoded training and test rows by task. Nothing is changed."""
-    config = resolve(config, Quiet())
-    method = attach_method(model, config)
-    task = config.tasks[0].model_copy(update={"head": "lm"})
-    parts = method.begin(task)
-    bank, model.bank = model.bank, {task.name: Entry(task, parts)}
-    try:
-        batch = collate(train[0][:SCRATCH_ROWS], Engine(model).pad_id)
-        seconds, saved = scratch_step(model, task.name, batch, method.reads_features)
-    finally:
-        model.bank = bank
-    tokens = batch["input_ids"].numel()
+    """Seconds of training and of testing, bytes of memory at the peak by what takes them, bytes of disk a task.
+
+    Uses up `method`. `process`: bytes that were taken before the base was loaded.
+    """
+    answering = [seconds_a_row(model, config, course) for course in courses]
+    first = courses[0]
+    model.bank = {first.name: Entry(first.task, method.begin(first.task))}
     trained = sum(p.numel() for group in method.groups().values() for p in group)
-    stored = sum(p.numel() for module in (parts.shared, parts.task, parts.gate) for p in module.parameters())
-    plans = [padded(rows, config) for rows in train]
-    cells = len(train) + 1
-    tested = cells * sum(len(row.input_ids) for rows in test for row in rows)
-    base = sum(p.numel() * p.element_size() for p in model.base.parameters())
-    return {
-        "training_seconds": seconds["step"] / tokens * sum(total for total, _ in plans),
-        "evaluation_seconds": seconds["forward"] / tokens * tested,
-        "peak_bytes": base + 4 * OPTIMIZER_COPIES * trained + saved / tokens * max(most for _, most in plans),
-        "task_bytes": 4 * stored,
-        "how": f"from one scratch step of {tokens} tokens on {config.train.device} in {config.train.precision}; +-50 %",
+    batch = scratch_batch(first.train, config, Engine(model).pad_id, model.device)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    step, kept = scratch_step(Learner(model, method, first.task), batch)
+    finished = method.finish()
+    stored = {part: len(encode(tensors)) for part, tensors in finished.tensors.items()}
+    own = sum(size for part, size in stored.items() if part not in finished.moved)
+    plans = [padded(course.train, config) for course in courses]
+    tokens = batch["input_ids"].numel()
+    largest = max(most for _, most in plans)
+    memory = {
+        "process": process,
+        "base": sum(t.numel() * t.element_size() for t in [*model.base.parameters(), *model.base.buffers()]),
+        "trained": 4 * COPIES * trained,
+        "learned": own * (len(courses) - 1),
+        "activations": kept * largest // tokens,
     }
+    return {
+        "training_seconds": step / tokens * sum(total for total, _ in plans),
+        "evaluation_seconds": sum(
+            seconds * (len(one.validation) * passes(config) + tested_rows(config, place, one))
+            for place, (seconds, one) in enumerate(zip(answering, courses, strict=True))
+        ),
+        "memory_bytes": memory,
+        "peak_bytes": sum(memory.values()),
+        "task_bytes": own,
+        "how": f"from a scratch step of {tokens} tokens and a few answers on {config.train.device} in "
+        f"{config.train.precision}, +-50 %",
+    }
+
+
+def passes(config: StreamConfig) -> int:
+    return config.train.epochs * config.train.evals_per_epoch
+
+
+def tested_rows(config: StreamConfig, place: int, course: Course) -> int:
+    """Test rows of task `place` over all rows of R."""
+    cells = sum(asked_for(config, number, place) for number in range(len(config.tasks) + 1))
+    return cells * len(course.test[1]) if course.test else 0
 
 
 def padded(rows: Sequence[Encoded], config: StreamConfig) -> tuple[int, int]:
     """(tokens of a task's whole training, of its largest batch), padding included."""
-    lengths = [len(row.input_ids) + len(row.answer_ids) for row in rows]
-    train = config.train
-    sizes = [
-        len(batch) * max(lengths[place] for place in batch)
-        for batch in plan_batches(lengths, train.batch_size, train.epochs, train.seed)
-    ]
+    lengths, plan = planned(rows, config)
+    sizes = [len(batch) * max(lengths[place] for place in batch) for batch in plan]
     return sum(sizes), max(sizes)
 
 
-def scratch_step(
-    model: MoECL, task: str, batch: dict[str, torch.Tensor], features: bool
-) -> tuple[dict[str, float], int]:
-    """Seconds of a training step and of a forward alone, and the bytes saved for backward."""
-    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")}
-    storages: dict[int, int] = {}
+def planned(rows: Sequence[Encoded], config: StreamConfig) -> tuple[list[int], list[list[int]]]:
+    lengths = [len(row.input_ids) + len(row.answer_ids) for row in rows]
+    train = config.train
+    return lengths, plan_batches(lengths, train.batch_size, train.epochs, train.seed)
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    weights = {p.untyped_storage().data_ptr() for p in model.base.parameters()}
-    with torch.inference_mode():
-        model(**inputs, task=task)  # warm-up
-        begun = time.monotonic()
-        model(**inputs, task=task)
-    forward = time.monotonic() - begun
+def scratch_batch(
+    rows: Sequence[Encoded], config: StreamConfig, pad_id: int, device: torch.device
+) -> dict[str, Tensor]:
+    """The largest batch of a task's training, or as many of its rows as make SCRATCH_TOKENS."""
+    lengths, plan = planned(rows, config)
+    batch = max(plan, key=lambda batch: len(batch) * max(lengths[place] for place in batch))
+    most = max(1, SCRATCH_TOKENS // max(lengths[place] for place in batch))
+    return {name: tensor.to(device) for name, tensor in collate([rows[p] for p in batch[:most]], pad_id).items()}
+
+
+def scratch_step(learner: Learner, batch: dict[str, Tensor]) -> tuple[float, int]:
+    """Seconds of one training step, and the bytes it takes: at least what it keeps for its backward pass."""
+    learner.train()
+    owned = [*learner.parameters(), *learner.buffers(), *batch.values()]
+
+    def forward() -> Tensor:
+        loss: Tensor = learner(**batch)["loss"]
+        return loss
+
+    before = taken_bytes(learner.model.device)
+    torch.autograd.backward(forward())  # the first one sets things up
     begun = time.monotonic()
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model(**inputs, task=task, features=features).loss
-    loss.backward()
-    step = time.monotonic() - begun
-    model.zero_grad(set_to_none=True)
-    return {"step": step, "forward": forward}, sum(size for at, size in storages.items() if at not in weights)
+    loss, kept = kept_bytes(forward, owned)
+    torch.autograd.backward(loss)
+    after = taken_bytes(learner.model.device)  # waits for the device
+    seconds = time.monotonic() - begun
+    learner.zero_grad(set_to_none=True)
+    return seconds, max(kept, after - before)
+
+
+class Kept:
+    """A tensor that autograd keeps for a backward pass."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def kept_bytes(forward: Callable[[], Tensor], owned: Iterable[Tensor] = ()) -> tuple[Tensor, int]:
+    """A loss, and the bytes of all storages that its graph holds, each once, but for those of `owned` tensors.
+
+    Only what still lives when `forward` is done counts: memory that is freed and used again has its address twice.
+    """
+    living: WeakSet[Kept] = WeakSet()
+
+    def keep(tensor: Tensor) -> Kept:
+        kept = Kept(tensor)
+        living.add(kept)
+        return kept
+
+    with saved_tensors_hooks(keep, lambda kept: kept.tensor):
+        loss = forward()
+    storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage().nbytes() for kept in living}
+    for tensor in owned:
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    return loss, sum(storages.values())
+
+
+def seconds_a_row(model: MoECL, config: StreamConfig, course: Course) -> float:
+    """Seconds an answer takes, from a few rows of the test or validation split; 0 where there is neither."""
+    assert course.data is not None
+    split, rows = course.data.test or course.data.validation, course.test[1] if course.test else course.validation
+    if split is None:
+        return 0.0
+    entry = Entry(course.task, attach_method(model, config).begin(course.task))
+    engine = Engine(model, bank={course.name: entry}, batch_tokens=config.train.eval_batch_tokens)
+    few = replace(split, examples=split.examples[:SCRATCH_ANSWERS])
+    evaluate_task(engine, entry, replace(split, examples=split.examples[:1]), rows[:1])  # the first one sets things up
+    begun = time.monotonic()
+    evaluate_task(engine, entry, few, rows[:SCRATCH_ANSWERS])
+    return (time.monotonic() - begun) / len(few.examples)
+
+
+def taken_bytes(device: torch.device) -> int:
+    """The most memory taken so far: of the device where it tells, else of this process."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

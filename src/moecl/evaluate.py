@@ -7,8 +7,7 @@ from moecl import metrics
 from moecl.config import Task
 from moecl.data.encode import Encoded
 from moecl.data.task import Split
-from moecl.engine import Engine, Request
-from moecl.model import Entry
+from moecl.engine import Engine, Entry, Request
 
 SPARE_TOKENS = 8  # that an answer may be longer than the longest reference, before it is cut
 

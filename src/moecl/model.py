@@ -64,9 +64,14 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         self.config, self.seed = config, seed
         self.base_id, self.tokenizer = backbone.id, backbone.tokenizer
         self.base = backbone.model
-        self.injected = Injected(self.base, config.adapt_layers)
         self._before = self.base.training, {p for p in self.base.parameters() if p.requires_grad}
-        self.base.requires_grad_(False).eval()  # type: ignore[no-untyped-call]
+        self.base.eval()  # type: ignore[no-untyped-call]
+        try:
+            self.injected = Injected(self.base, config.adapt_layers)
+        except BaseError:
+            self.base.train(self._before[0])
+            raise
+        self.base.requires_grad_(False)
         self.bank: dict[str, Entry] = {}
         self.learner: GatedLearner | None = None
         self._open: str | None = None

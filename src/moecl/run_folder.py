@@ -97,31 +97,31 @@ class RunFolder:
         self.clear()
 
     def clear(self) -> None:
-        (self.path / PROGRESS).unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
+        (self.path / PROGRESS).unlink(missing_ok=True)
 
     # A finished run that learns one more task
 
     def reopen(self, config: StreamConfig, progress: Mapping[str, Any], result: Result) -> None:
         """Make a finished run one that has more to learn: in one file, from which a killed change is completed."""
         self.clear()
-        now = described(config, result.environment)
-        before = (self.path / CONFIG).read_text(encoding="utf-8")
-        self.save_progress(
-            {**progress, REOPENED: {"now": now, "before": before, "result": result.model_dump(mode="json", by_alias=True)}}
-        )
+        reopened = {
+            "now": described(config, result.environment),
+            "before": (self.path / CONFIG).read_text(encoding="utf-8"),
+            "result": result.model_dump(mode="json", by_alias=True),
+        }
+        self.save_progress({**progress, REOPENED: reopened})
         self._settle()
 
-    def undo_reopen(self) -> bool:
-        """Make the run again the finished one that it was; whether it was one. The store is left as it is."""
-        reopened = self.progress().get(REOPENED)
-        if reopened is None:
-            return False
-        # In this order: until the result is there, the next start completes the reopening once more.
-        atomic_write(self.path / CONFIG, reopened["before"].encode())
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
-        self.finish(Result.model_validate(reopened["result"]))
-        return True
+    def is_reopened(self) -> bool:
+        return self.progress().get(REOPENED) is not None
+
+    def undo_reopen(self) -> None:
+        """Make a reopened run again the finished one that it was; the store is left as it is."""
+        if (reopened := self.progress().get(REOPENED)) is not None:
+            # In this order: until progress.json is gone, the next start completes the reopening once more.
+            atomic_write(self.path / CONFIG, reopened["before"].encode())
+            self.finish(Result.model_validate(reopened["result"]))
 
     def _settle(self) -> None:
         """Complete a reopening that may have been killed halfway."""

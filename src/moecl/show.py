@@ -1,6 +1,6 @@
-"""What the command line prints: tables of results, tasks and checks."""
+"""What the command line prints: tables of results, tasks and checks, legible in 80 columns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -9,7 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 from moecl.results import Result
-from moecl.watch import show_score
 
 METRICS = {
     "average_accuracy": "average accuracy",
@@ -18,26 +17,47 @@ METRICS = {
     "forgetting": "forgetting",
     "learning_accuracy": "learning accuracy",
 }
+SIGNED = ("bwt", "fwt")
+MANY = 6  # classes, more than which are summed up
+WIDEST = 24  # characters of a row's name beside numbered columns
 
 
 def show_result(console: Console, result: Result, folder: str) -> None:
     """R as a table (a row after each task learned), the numbers drawn from it, time and place."""
     console.print("R: score on each task (column) after each task learned (row)")
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("after")
-    for name in result.tasks:
-        table.add_column(name, justify="right", overflow="fold")
-    for number, row in enumerate(result.R):
-        cells = [score_cell(score, learned=place < number) for place, score in enumerate(row)]
-        table.add_row("(before any)" if number == 0 else result.tasks[number - 1], *cells)
-    console.print(table)
+    for table in score_tables(result, console.width):
+        console.print(table)
     for key, name in METRICS.items():
         value = result.metrics.get(key)
-        console.print(f"{name:18} {'-' if value is None else f'{value:+.3f}' if key in ('bwt', 'fwt') else f'{value:.3f}'}")
-    minutes, seconds = divmod(round(result.seconds), 60)
+        say(console, f"{name:18} {'-' if value is None else f'{value:+.3f}' if key in SIGNED else f'{value:.3f}'}")
     again = f", started {result.resumed + 1} times" if result.resumed else ""
-    console.print(f"{'time':18} {minutes} min {seconds} s{again}")
-    console.print(f"{'run folder':18} {folder}", soft_wrap=True)
+    say(console, f"{'time':18} {duration(result.seconds)}{again}")
+    say(console, f"{'run folder':18} {folder}")
+
+
+def score_tables(result: Result, width: int) -> Iterator[Table]:
+    """R under the tasks' names where they fit, else under their numbers, in as many tables as it takes."""
+    names, before = result.tasks, "(before any)"
+    if 3 + max(map(len, [before, *names])) + sum(3 + max(5, len(name)) for name in names) <= width:
+        yield score_table(result, [before, *names], names, 0)
+        return
+    numbered = [f"{number} {name}" for number, name in enumerate(names, 1)]
+    fit = max(1, (width - 3 - WIDEST) // 8)
+    for start in range(0, len(names), fit):
+        columns = [str(number + 1) for number in range(start, min(start + fit, len(names)))]
+        yield score_table(result, [before, *numbered], columns, start)
+
+
+def score_table(result: Result, rows: Sequence[str], columns: Sequence[str], start: int) -> Table:
+    """R's columns from `start` on, as many as have a name in `columns`."""
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("after", no_wrap=True, overflow="ellipsis", max_width=None if rows[-1] in result.tasks else WIDEST)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, (name, scores) in enumerate(zip(rows, result.R, strict=True)):
+        shown = range(start, start + len(columns))
+        table.add_row(name, *(score_cell(scores[place], learned=place < number) for place in shown))
+    return table
 
 
 def score_cell(score: float | None, learned: bool) -> Text:
@@ -45,61 +65,110 @@ def score_cell(score: float | None, learned: bool) -> Text:
 
 
 def show_tasks(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("task", "version", "kind", "labels", "metric", "score", "KiB", "sha256"):
-        table.add_column(name, justify="right" if name in ("version", "score", "KiB") else "left", overflow="fold")
+    table = plain_table("task", "labels", "metric", score="right", size="right", sha256="left")
     for row in rows:
-        labels = ", ".join(row["labels"]) or "-"
+        version = f", version {row['version']}" if row["version"] > 1 else ""
+        labels = summed([*row["labels"]], "labels") if row["labels"] else "-"
         digest = row["parts"].get("task", next(iter(row["parts"].values())))[:12]
         table.add_row(
-            row["task"],
-            str(row["version"]),
-            row["kind"],
-            labels,
-            row["metric"],
-            show_score(row["score"]),
-            f"{row['bytes'] / 1024:.0f}",
-            digest,
+            row["task"] + version, labels, row["metric"], show_score(row["score"]), size(row["bytes"]), digest
         )
     console.print(table)
 
 
 def show_scores(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("task", "metric", "score", "rows", "recall of each class"):
-        table.add_column(name, justify="right" if name in ("score", "rows") else "left", overflow="fold")
+    table = plain_table("task", "metric", score="right", rows="right", recall="left")
     for row in rows:
-        recall = ", ".join(f"{label} {show_score(value)}" for label, value in row["per_class_recall"].items())
-        table.add_row(row["task"], row["metric"], show_score(row["score"]), str(row["rows"]), recall or "-")
+        table.add_row(
+            row["task"], row["metric"], show_score(row["score"]), str(row["rows"]), recalls(row["per_class_recall"])
+        )
     console.print(table)
+
+
+def recalls(recall: Mapping[str, float | None]) -> str:
+    """The recall of each class, of many classes the lowest."""
+    found = sorted(((value, label) for label, value in recall.items() if value is not None))
+    if len(recall) <= MANY:
+        return ", ".join(f"{label} {show_score(value)}" for label, value in recall.items()) or "-"
+    lowest = ", ".join(f"{label} {value:.3f}" for value, label in found[:3])
+    return f"lowest of {len(recall)}: {lowest}"
 
 
 def show_check(console: Console, found: Sequence[Mapping[str, Any]], cost: Mapping[str, Any]) -> None:
     """What `moecl check` found, a table a task, then the hints and the estimate."""
     for task in found:
         labels = task["labels"] or {}
-        words = ", ".join(f"{label} = {it['words']!r}" if label != it["words"] else label for label, it in labels.items())
-        console.print(f"{task['task']} ({task['kind']}{': ' + words if words else ''})", highlight=False, markup=False)
-        table = Table(box=box.SIMPLE_HEAD)
-        for name in ("split", "rows", "labels", "tokens p50", "p95", "max", "cut", "repeated"):
-            table.add_column(name, justify="left" if name in ("split", "labels") else "right", overflow="fold")
+        words = [label if label == it["words"] else f"{label} = {it['words']!r}" for label, it in labels.items()]
+        say(console, f"{task['task']} ({task['kind']}{': ' if words else ''}{summed(words, 'labels')})")
+        table = plain_table(
+            "  split", rows="right", median="right", p95="right", max="right", cut="right", balance="left"
+        )
         for name, split in task["splits"].items():
-            balance = ", ".join(f"{label} {count}" for label, count in split["labels"].items()) or "-"
             lengths = [str(split["tokens"][key]) for key in ("p50", "p95", "max")]
-            table.add_row(
-                name, str(split["rows"]), balance, *lengths, str(split["cut"]), str(split["duplicates"])
-            )
+            table.add_row(f"  {name}", str(split["rows"]), *lengths, str(split["cut"]), balance(split["labels"]))
         console.print(table)
         for hint in task["hints"]:
-            console.print(f"  - {hint}", highlight=False, markup=False)
-    console.print(
-        f"about {minutes(cost['training_seconds'] + cost['evaluation_seconds'])} "
-        f"({minutes(cost['training_seconds'])} training, {minutes(cost['evaluation_seconds'])} testing), "
-        f"{cost['peak_bytes'] / 2**30:.1f} GiB of memory, {cost['task_bytes'] / 2**20:.1f} MiB of disk a task "
-        f"({cost['how']})",
-        highlight=False,
+            say(console, f"  - {hint}")
+        say(console, "")
+    seconds = cost["training_seconds"], cost["evaluation_seconds"]
+    say(console, "median, p95, max: tokens of whole inputs, of which train.max_length are kept")
+    say(
+        console,
+        f"about {duration(sum(seconds))} ({duration(seconds[0])} training, {duration(seconds[1])} testing), "
+        f"{size(cost['peak_bytes'])} of memory, {size(cost['task_bytes'])} of disk a task",
     )
+    say(console, f"({cost['how']})")
 
 
-def minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+def balance(labels: Mapping[str, int]) -> str:
+    if len(labels) > MANY:
+        return f"{len(labels)} labels, {min(labels.values())} to {max(labels.values())} rows each"
+    return ", ".join(f"{label} {count}" for label, count in labels.items()) or "-"
+
+
+def summed(words: Sequence[str], what: str) -> str:
+    return ", ".join(words) if len(words) <= MANY else f"{len(words)} {what}"
+
+
+def plain_table(*left: str, **columns: str) -> Table:
+    """A table without lines: `left` columns may wrap; of `columns`, name to side, only the last may."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in left:
+        table.add_column(name, overflow="fold", no_wrap=name == "metric")
+    for place, (name, side) in enumerate(columns.items(), 1):
+        last = place == len(columns)
+        table.add_column(name, justify="right" if side == "right" else "left", overflow="fold", no_wrap=not last)
+    return table
+
+
+def say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def show_score(score: float | None) -> str:
+    return "-" if score is None else f"{score:.3f}"
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(4.4), duration(372), duration(7500)
+    ('4 s', '6 min 12 s', '2 h 5 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(count: float) -> str:
+    """
+    >>> size(812), size(10_240), size(542_000_000), size(1.3e9)
+    ('812 B', '10 kB', '542 MB', '1.3 GB')
+    """
+    if count < 1000:
+        return f"{count:.0f} B"
+    for unit in ("kB", "MB"):
+        count /= 1000
+        if count < 999.5:
+            return f"{count:.1f} {unit}" if count < 9.95 else f"{count:.0f} {unit}"
+    return f"{count / 1000:.1f} GB"

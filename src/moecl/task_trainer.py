@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -20,7 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from moecl._atomic import one_line, sync_folder
 from moecl.config import Task, TrainConfig
 from moecl.data.encode import Encoded, collate, plan_batches
-from moecl.errors import TrainingError
+from moecl.errors import RunError, TrainingError
 from moecl.methods.base import Method
 from moecl.model import MoECL
 
@@ -37,15 +37,14 @@ class Learner(nn.Module):
         self.state = method.state
         self.count = 0  # batches seen; seeds a batch's draws
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, label: Tensor
-    ) -> dict[str, Tensor | None]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, label: Tensor) -> dict[str, Tensor]:
         """input_ids, attention_mask, labels [B, T], label [B] (class ids, for a classifier head)."""
         targets = label if self.task.head == "classifier" else labels
-        wanted = self.method.reads_features
+        wanted = self.method.reads_features and self.training
         output = self.model(input_ids, attention_mask, targets, task=self.task.name, features=wanted)
-        self.count += 1
         loss = output.loss
+        if self.training:
+            self.count += 1
         if wanted:
             loss = loss + self.method.penalty(output.features, self.count)
         return {"loss": loss}
@@ -72,15 +71,14 @@ class Passes(TrainerCallback):
             return control
         score = self.score()
         self.curve.append((state.global_step, score))
-        if score >= max(value for _, value in self.curve):
+        scores = [value for _, value in self.curve]
+        if score == max(scores):
             self.best = {name: tensor.detach().clone() for name, tensor in self.state.state_dict().items()}
             self.best_step = state.global_step
-        if self.patience is not None and self._since_best() >= self.patience:
+        if self.patience is not None and len(scores) - 1 - scores.index(max(scores)) >= self.patience:
             control.should_training_stop = True
+            control.should_save = False  # from a checkpoint of this step, training would go on
         return control
-
-    def _since_best(self) -> int:
-        return sum(1 for step, _ in self.curve if self.best_step is not None and step > self.best_step)
 
     def restore_best(self) -> None:
         if self.best is not None:
@@ -90,31 +88,33 @@ class Passes(TrainerCallback):
 class Guard(TrainerCallback):
     """Clips each group on its own, and stops before a step that would ruin the state."""
 
-    def __init__(self, method: Method, task: Task, max_grad_norm: float) -> None:
-        self.method, self.task, self.max_grad_norm = method, task, max_grad_norm
+    def __init__(self, learner: Learner, max_grad_norm: float) -> None:
+        self.learner, self.max_grad_norm = learner, max_grad_norm
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         limit = self.max_grad_norm or math.inf
-        for name, group in self.method.groups().items():
+        for name, group in self.learner.method.groups().items():
             norm = nn.utils.clip_grad_norm_(group, limit)
             if not torch.isfinite(norm):
-                raise TrainingError(
-                    f"task {self.task.name!r}: the loss is not finite at step {state.global_step + 1} ({name}); nothing "
-                    "of this step was kept: lower train.lr or use train.precision fp32, in a new run folder"
-                )
+                raise diverged(self.learner.task, state.global_step + 1, name)
+
+
+def diverged(task: Task, step: int, where: str) -> TrainingError:
+    return TrainingError(
+        f"task {task.name!r}: the loss is not finite at step {step} ({where}); what was learned before is kept: lower "
+        "train.lr or use train.precision fp32, in a new run folder"
+    )
 
 
 class Telling(TrainerCallback):
     """Passes each step's figures on."""
 
-    def __init__(self, tell: Callable[[int, int, Mapping[str, float]], None], method: Method) -> None:
-        self.tell, self.method = tell, method
+    def __init__(self, tell: Callable[[int, int, Mapping[str, float]], None]) -> None:
+        self.tell = tell
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.tell(state.global_step, state.max_steps, {})
 
     def on_log(
@@ -145,7 +145,7 @@ class TaskTrainer(Trainer):
     def __init__(
         self, learner: Learner, rows: Sequence[Encoded], pad_id: int, train: TrainConfig, passes: Passes, **kwargs: Any
     ) -> None:
-        self.learner, self.passes, self.settings = learner, passes, train
+        self.learner, self.passes, self.settings, self.rows = learner, passes, train, rows
         self.batches = plan_batches(
             [len(row.input_ids) + len(row.answer_ids) for row in rows], train.batch_size, train.epochs, train.seed
         )
@@ -175,6 +175,16 @@ class TaskTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(groups, weight_decay=self.settings.weight_decay)
         return self.optimizer
 
+    @torch.no_grad()
+    def check(self) -> None:
+        """No step comes after the last one to find out that it ruined the state."""
+        batch = collate([self.rows[place] for place in self.batches[-1]], self.pad_id)
+        device = self.learner.model.device
+        loss = self.learner.eval()(**{name: tensor.to(device) for name, tensor in batch.items()})["loss"]
+        self.learner.train()
+        if not torch.isfinite(loss):
+            raise diverged(self.learner.task, self.state.global_step, "after it")
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs | self.learner.method.log(), start_time)
 
@@ -193,6 +203,11 @@ class TaskTrainer(Trainer):
             self._draft = str(draft)
             try:
                 super()._save_checkpoint(model, trial)
+            except RuntimeError as error:  # how torch.save says that it cannot write
+                raise RunError(
+                    f"{folder}: a checkpoint cannot be written ({str(error).splitlines()[0]}); is the disk full? what "
+                    "was saved before is intact: free some space and run it again"
+                ) from error
             finally:
                 self._draft = None
             [made] = draft.iterdir()
@@ -201,6 +216,7 @@ class TaskTrainer(Trainer):
             final = folder / made.name
             shutil.rmtree(final, ignore_errors=True)
             os.replace(made, final)
+            draft.rmdir()
             sync_folder(folder)
             for path in older:
                 shutil.rmtree(path)
@@ -209,10 +225,9 @@ class TaskTrainer(Trainer):
         """Only what training changes: the method's state, and the best one so far."""
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        state = self.learner.state.state_dict()
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / STATE)
+        (folder / STATE).write_bytes(save(self.learner.state.state_dict()))
         if self.passes.best is not None:
-            save_file({name: tensor.contiguous() for name, tensor in self.passes.best.items()}, folder / BEST)
+            (folder / BEST).write_bytes(save(self.passes.best))
         seen = {"curve": self.passes.curve, "best_step": self.passes.best_step, "count": self.learner.count}
         (folder / PASSES).write_text(json.dumps(seen))
 
@@ -242,13 +257,14 @@ def seal(folder: Path) -> None:
 
 
 def whole(folder: Path) -> bool:
-    """Whether every file of a checkpoint is as it was sealed."""
+    """Whether a checkpoint's files are those that were sealed, no more and no less, byte for byte."""
     try:
         digests = json.loads((folder / DIGESTS).read_text())
-        found = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in digests}
+        files = [path for path in folder.iterdir() if path.name != DIGESTS]
+        found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     except (OSError, ValueError):
         return False
-    return bool(found == digests and TRAINER_STATE_NAME in digests)
+    return bool(found == digests and {STATE, PASSES, TRAINER_STATE_NAME} <= digests.keys())
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -281,9 +297,7 @@ def learn_task(
     Leaves the best state by `score` (the last one without it) in `method.state`. Raises TrainingError, RunError.
     """
     updates = math.ceil(math.ceil(len(rows) / train.batch_size) * train.epochs / train.gradient_accumulation_steps)
-    passes = Passes(
-        score, pass_steps(updates, train.epochs, train.evals_per_epoch), train.early_stopping, method.state
-    )
+    passes = Passes(score, pass_steps(updates, train.epochs, train.evals_per_epoch), train.early_stopping, method.state)
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=1,
@@ -296,25 +310,27 @@ def learn_task(
         save_steps=train.save_steps,
         logging_steps=5,
         logging_nan_inf_filter=False,
-        report_to=[name for name in train.report_to if name != "tensorboard"] or "none",
+        report_to="none",  # `trackers` do
         disable_tqdm=True,
         use_cpu=model.device.type == "cpu",
         dataloader_pin_memory=model.device.type == "cuda",
         remove_unused_columns=False,
         seed=train.seed,
     )
+    learner = Learner(model, method, task)
     trainer = TaskTrainer(
-        Learner(model, method, task),
+        learner,
         rows,
         pad_id,
         train,
         passes,
         args=arguments,
-        callbacks=[Guard(method, task, train.max_grad_norm), passes, Telling(tell, method), *trackers],
+        callbacks=[Guard(learner, train.max_grad_norm), passes, Telling(tell), *trackers],
     )
     trainer.pop_callback(PrinterCallback)  # the watcher tells
     checkpoint = last_checkpoint(folder)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     passes.restore_best()
+    trainer.check()
     trained = sum(p.numel() for group in method.groups().values() for p in group)
     return Learned(trainer.state.global_step, passes.best_step, passes.curve, method.log(), trained)

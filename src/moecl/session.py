@@ -1,0 +1,396 @@
+"""One process's work on a run: base, data, method and store in memory, from the first task to the result."""
+
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from moecl.backbone import Backbone, load_backbone, resolve_device, resolve_precision
+from moecl.config import MoECLConfig, StreamConfig, Task, TaskConfig
+from moecl.data.encode import Encoded
+from moecl.data.task import Split, TaskData, load_task_data, overlaps, read_split
+from moecl.engine import Engine
+from moecl.errors import ConfigError, DataError, RunError
+from moecl.evaluate import Score, evaluate_task, prompts
+from moecl.methods import make_method
+from moecl.methods.base import Method
+from moecl.model import Entry, MoECL, check_same_base, fitting
+from moecl.results import Result, SplitInfo
+from moecl.run_folder import RunFolder
+from moecl.store import Store, TaskRecord
+from moecl.task_trainer import Learned, learn_task
+
+PACKAGES = ("moecl", "torch", "transformers", "accelerate", "safetensors", "numpy")
+EVAL_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+OTHER_BATCH_TOKENS = 8192
+
+
+class Watcher:
+    """Told what happens; draws nothing. The command line has ones that do."""
+
+    def note(self, message: str) -> None: ...
+
+    def fetching(self, what: str, done: int, total: int) -> None: ...
+
+    def training(self, task: str, step: int, steps: int, figures: Mapping[str, float]) -> None: ...
+
+    def validated(self, task: str, score: float) -> None: ...
+
+    def evaluating(self, after: int, task: str, done: int, total: int) -> None: ...
+
+    def row(self, after: int, tasks: Sequence[str], scores: Sequence[float | None]) -> None: ...
+
+
+@dataclass
+class Course:
+    """One task as the run sees it. A learned task keeps only what scores it."""
+
+    task: Task
+    data: TaskData | None = None  # None once learned
+    train: list[Encoded] = field(default_factory=list)
+    validation: list[Encoded] = field(default_factory=list)
+    test: tuple[Split, list[Encoded]] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+
+@dataclass
+class Progress:
+    """How far a run is, beside what its store tells. `versions`: those of tasks that are learned again."""
+
+    R: list[list[float | None]] = field(default_factory=list)
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    resumed: int = 0
+    reopened: dict[str, Any] | None = None  # run_folder's: what the run was before it had more to learn
+
+
+class Session:
+    """One process's work on a run, which holds the run's lock."""
+
+    def __init__(self, config: StreamConfig, folder: RunFolder, watcher: Watcher) -> None:
+        self.started = time.monotonic()
+        self.folder, self.watcher = folder, watcher
+        self.config = resolve(config, watcher)
+        self.progress = Progress(**folder.progress())
+        self.trackers = trackers(self.config.train.report_to, watcher)
+        train = self.config.train
+        torch.set_num_threads(train.threads or torch.get_num_threads())
+        store = Store.open(folder.store) if Store.exists(folder.store) else None
+        self.courses = [self._read(task, store) for task in self.config.tasks]  # faults in data show first
+        backbone = load_backbone(config.base, train.precision, train.device, watcher.fetching)
+        assert backbone.tokenizer is not None
+        self.tokenizer = backbone.tokenizer
+        self.model, self.method = attach(backbone, self.config)
+        self.store = self._checked(store)
+        for course in self.courses:
+            self._encode(course)
+        self.model.train()
+        if train.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self._take_up()
+
+    def _read(self, config: TaskConfig, store: Store | None) -> Course:
+        """A task still to learn with all its rows; of a learned one the test rows, if they are still the same."""
+        wanted = self.progress.versions.get(config.name, 1)
+        learned = [record for record in store.tasks() if record.name == config.name] if store else []
+        if not learned or learned[0].version < wanted:
+            data = load_task_data(config)
+            update = {
+                "head": data.task.head or self.config.head,
+                "max_length": data.task.max_length or self.config.train.max_length,
+            }
+            course = Course(data.task.model_copy(update=update), data)
+            course.test = None if data.test is None else (data.test, [])
+            return course
+        course = Course(learned[0].task)
+        if config.test is not None:
+            try:
+                split = read_split(config.test, course.task, config.limit.test, "test")
+            except DataError as error:
+                self.watcher.note(f"task {config.name}: not tested any more ({error})")
+                return course
+            before = self.progress.data.get(config.name, {}).get("test", {}).get("sha256")
+            if before not in (None, split.sha256):
+                self.watcher.note(f"task {config.name}: not tested any more (its test rows changed)")
+            else:
+                course.test = (split, [])
+        return course
+
+    def _encode(self, course: Course) -> None:
+        engine = self.engine()
+        if course.test is not None:
+            course.test = (course.test[0], prompts(engine, course.task, course.test[0]))
+        if course.data is None:
+            return
+        self._check_length(course.task)
+        course.train = engine.encoder(course.task).encode(course.data.train.examples)
+        if course.data.validation is not None:
+            course.validation = prompts(engine, course.task, course.data.validation)
+        rows = {"train": course.train, "validation": course.validation, "test": course.test[1] if course.test else []}
+        before = self.progress.data.get(course.name, {})
+        self.progress.data[course.name] = {
+            name: {"sha256": split.sha256, "rows": len(split.examples), "cut": sum(row.cut for row in rows[name])}
+            for name, split in course.data.splits().items()
+        }
+        if found := remarks(course.data, self.progress.data[course.name]):
+            self.watcher.note(f"task {course.name}: {'; '.join(found)}")
+        for name, info in self.progress.data[course.name].items():
+            if before and before.get(name, {}).get("sha256") != info["sha256"]:
+                raise RunError(
+                    f"{self.folder.path}: the {name} rows of task {course.name!r} changed since the run began; "
+                    "restore them, or start another run with -o"
+                )
+
+    def _check_length(self, task: Task) -> None:
+        positions = getattr(self.model.base.config, "max_position_embeddings", None)
+        if positions is not None and (task.max_length or 0) > positions:
+            raise ConfigError(
+                f"task {task.name!r}: max_length: {task.max_length} is more than the base's {positions} positions; "
+                "lower it, or train.max_length"
+            )
+
+    def _checked(self, store: Store | None) -> Store:
+        info = self.model.base_info()
+        if store is None:
+            return Store.create(self.folder.store, info)
+        check_same_base(store, info)
+        return store
+
+    def _take_up(self) -> None:
+        """The tasks that the store has, and the method's state after them."""
+        self.model.load_tasks(self.store)
+        if self.model.bank:
+            with fitting(f"{self.store.path}: its state for further learning"):
+                self.method.restore(self.store.training())
+        to_learn = {course.name for course in self.courses if course.data is not None}
+        self.model.bank = {
+            name: Entry(entry.task, self.method.adopt(entry.parts))
+            for name, entry in self.model.bank.items()
+            if name not in to_learn
+        }
+
+    def environment(self) -> dict[str, Any]:
+        train = self.config.train
+        return {
+            "versions": {name: version(name) for name in PACKAGES},
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "device": train.device,
+            "precision": train.precision,
+            "threads": train.threads,
+            "base": self.store.manifest.base.model_dump(),
+        }
+
+    # Learning
+
+    def learn_all(self, resumed: bool) -> Result:
+        progress = self.progress
+        progress.resumed += resumed
+        if resumed:
+            self.watcher.note(f"going on: {len(self.model.bank)} of {len(self.courses)} tasks are learned")
+        earlier = progress.seconds
+        for number in range(len(self.courses) + 1):
+            if number and self.courses[number - 1].name not in self.model.bank:
+                self._learn_one(self.courses[number - 1])
+            if len(progress.R) == number:
+                self._evaluate_row(number)
+            elif number == len(self.courses) - 1:
+                self._look_ahead(self.courses[-1])
+            progress.seconds = earlier + time.monotonic() - self.started
+            self.folder.save_progress(vars(progress))
+        return self._finish()
+
+    def _learn_one(self, course: Course) -> None:
+        begun, name = time.monotonic(), course.name
+        assert course.data is not None
+        self.model.bank[name] = Entry(course.task, self.method.begin(course.task))
+        learned = learn_task(
+            self.model,
+            self.method,
+            course.task,
+            course.train,
+            self.config.train,
+            self.folder.checkpoints / name,
+            pad_id=self.engine().pad_id,
+            score=None if course.data.validation is None else lambda: self._validate(course),
+            tell=lambda step, steps, figures: self.watcher.training(name, step, steps, figures),
+            trackers=[make(self.folder, name) for make in self.trackers],
+        )
+        self.progress.details[name] = details(learned) | {"seconds": time.monotonic() - begun}
+        self.folder.save_progress(vars(self.progress))  # before the commit, after which the task is not learned again
+        finished = self.method.finish()
+        record = TaskRecord(
+            task=course.task,
+            form=finished.form,
+            settings={
+                "adapt_layers": getattr(self.config.method, "adapt_layers", "all"),
+                "seed": self.config.train.seed,
+                **finished.settings,
+            },
+        )
+        self.store.commit([(record, finished.tensors)], training=self.method.export(), moved=finished.moved or None)
+        self.model.bank[name] = Entry(course.task, self.method.adopt(finished.parts))
+        shutil.rmtree(self.folder.checkpoints / name, ignore_errors=True)
+
+    def engine(self, bank: Mapping[str, Entry] | None = None) -> Engine:
+        return Engine(self.model, self.tokenizer, bank, self.config.train.eval_batch_tokens)
+
+    def _validate(self, course: Course) -> float:
+        assert course.data is not None
+        assert course.data.validation is not None
+        entry = self.model.bank[course.name]
+        score = evaluate_task(self.engine(), entry, course.data.validation, course.validation).score
+        self.watcher.validated(course.name, score)
+        return score
+
+    # Evaluating
+
+    def _evaluate_row(self, number: int) -> None:
+        """Row `number` of R: every task that is asked for, after `number` tasks were learned."""
+        wanted = [course for place, course in enumerate(self.courses) if asked_for(self.config, number, place)]
+        row: dict[str, float | None] = {}
+        for done, course in enumerate(wanted):
+            self.watcher.evaluating(number, course.name, done, len(wanted))
+            score = self._score(course, self.method)
+            row[course.name] = None if score is None else score.score
+            if score is not None and course.name in self.model.bank:
+                self.progress.details[course.name]["per_class_recall"] = score.per_class_recall
+        names = [course.name for course in self.courses]
+        self.progress.R.append([row.get(name) for name in names])
+        self.watcher.row(number, names, self.progress.R[-1])
+
+    def _look_ahead(self, newest: Course) -> None:
+        """The cells of a task that came after the run had ended: before any task, and just before it is learned."""
+        if self.config.evaluate == "seen" or newest.name in self.model.bank:
+            return
+        for number, method in ((0, attach_method(self.model, self.config)), (len(self.courses) - 1, self.method)):
+            if self.progress.R[number][-1] is None and (score := self._score(newest, method)) is not None:
+                self.progress.R[number][-1] = score.score
+
+    def _score(self, course: Course, method: Method) -> Score | None:
+        """A learned task with its own parts, another with those it would start from; None without test rows."""
+        if course.test is None:
+            return None
+        entry = self.model.bank.get(course.name)
+        if entry is None:
+            parts = method.preview(course.task)
+            if parts is None:
+                return None
+            entry = Entry(course.task, parts)
+        return evaluate_task(self.engine({course.name: entry}), entry, *course.test)
+
+    def _finish(self) -> Result:
+        names = [course.name for course in self.courses]
+        for name in names:
+            sizes = self.store.bytes(name)
+            self.progress.details[name] |= {"bytes": sizes.own, "shared_bytes": sizes.shared}
+        result = Result(
+            name=self.config.name or self.folder.path.name,
+            method=self.config.method.name,
+            seed=self.config.train.seed,
+            tasks=names,
+            R=self.progress.R,
+            seconds=self.progress.seconds,
+            data={
+                name: {split: SplitInfo(**info) for split, info in self.progress.data[name].items()} for name in names
+            },
+            details=self.progress.details,
+            environment=self.environment(),
+            digests={name: self.store.digests(name) for name in names},
+            resumed=self.progress.resumed,
+        )
+        self.folder.finish(result)
+        return result
+
+
+def remarks(data: TaskData, info: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What makes a task's scores mean less than they seem to: rows that splits share, rows that were cut."""
+    shared = [(one, other, rows) for (one, other), rows in overlaps(data).items() if one != other]
+    cut = [(name, split["cut"], split["rows"]) for name, split in info.items() if split["cut"]]
+    return [
+        *(f"{rows} rows of {other} are also in {one}" for one, other, rows in shared),
+        *(f"{count} of {rows} {name} rows are cut to max_length" for name, count, rows in cut),
+    ]
+
+
+def asked_for(config: StreamConfig, number: int, place: int) -> bool:
+    """Whether the cell of task `place` (from 0) after `number` tasks is asked for by `evaluate`."""
+    ahead = {"seen": 0, "next": 1, "all": len(config.tasks)}[config.evaluate]
+    return place < number + ahead or (number == 0 and config.evaluate == "next")
+
+
+def details(learned: Learned) -> dict[str, Any]:
+    return {
+        "steps": learned.steps,
+        "best_step": learned.best_step,
+        "validation": learned.curve,
+        "trained_parameters": learned.trained_parameters,
+        **learned.figures,
+    }
+
+
+def trackers(names: Sequence[str], watcher: Watcher) -> list[Callable[[RunFolder, str], TrainerCallback]]:
+    """Makers of the callbacks that report a task's training. Raises ConfigError for a tracker that is not there."""
+    from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
+
+    def tensorboard(folder: RunFolder, task: str) -> TrainerCallback:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return TensorBoardCallback(SummaryWriter(str(folder.tensorboard / task)))  # type: ignore[no-untyped-call]
+
+    found: list[Callable[[RunFolder, str], TrainerCallback]] = []
+    if "tensorboard" in names:
+        if find_spec("tensorboard"):
+            found.append(tensorboard)
+        else:
+            watcher.note("no TensorBoard: it is not installed (pip install 'moecl[tensorboard]')")
+    try:
+        others = [name for name in names if name != "tensorboard"]
+        types = get_reporting_integration_callbacks(others)  # type: ignore[no-untyped-call]
+        for type_ in types:
+            type_()  # refuses where its package is missing
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"train.report_to: {error}; correct it, or install what it needs") from error
+    return [*found, *(lambda folder, task, type_=type_: type_() for type_ in types)]
+
+
+def attach(backbone: Backbone, config: StreamConfig) -> tuple[MoECL, Method]:
+    settings = config.method if isinstance(config.method, MoECLConfig) else MoECLConfig()
+    model = MoECL(backbone, settings, config.train.seed)
+    return model, attach_method(model, config)
+
+
+def attach_method(model: MoECL, config: StreamConfig) -> Method:
+    method = make_method(config.method, model.geometry, config.train.seed)
+    method.state.to(model.device)
+    return method
+
+
+def resolve(config: StreamConfig, watcher: Watcher) -> StreamConfig:
+    """Settle what is left to the machine, once: a run that goes on elsewhere keeps to it."""
+    train = config.train
+    device = resolve_device(train.device)
+    precision, why = resolve_precision(train.precision, device)
+    if train.precision == "auto":
+        watcher.note(f"precision {precision}: {why}")
+    settled = {
+        "device": device,
+        "precision": precision,
+        "threads": train.threads or torch.get_num_threads(),
+        "eval_batch_tokens": train.eval_batch_tokens
+        or EVAL_BATCH_TOKENS.get(device.partition(":")[0], OTHER_BATCH_TOKENS),
+    }
+    return config.model_copy(update={"train": train.model_copy(update=settled)})

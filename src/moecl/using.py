@@ -1,0 +1,142 @@
+"""What the command line does with a run that has learned: list, answer, score. Torch is imported where it is needed."""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moecl.errors import DataError, MoECLError, RunError, TaskError
+from moecl.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from moecl.model import MoECL
+    from moecl.session import Watcher
+    from moecl.store import Store
+
+STEP = 64  # rows that are answered at once
+
+
+def learned(run: Path) -> list[dict[str, Any]]:
+    """A row a task, its score that of the end of the run."""
+    store, result = open_store(run), RunFolder(run).finished()
+    last = dict(zip(result.tasks, result.R[-1], strict=True)) if result else {}
+    return [
+        {
+            "task": record.name,
+            "version": record.version,
+            "kind": record.task.kind,
+            "labels": list(record.task.labels or ()),
+            "metric": record.task.metric,
+            "score": last.get(record.name),
+            "bytes": sum(store.bytes(record.name)),
+            "parts": dict(record.parts),
+        }
+        for record in store.tasks()
+    ]
+
+
+def answers(run: Path, file: Path | None, task: str | None, device: str) -> Iterator[list[dict[str, Any]]]:
+    """Labels and scores of the rows of a file or of standard input, in order, some rows at a time.
+
+    Raises RunError, TaskError and DataError before the base is loaded where it can.
+    """
+    store = open_store(run)
+    name = store.record(task or only_task(store)).name
+    with lines_of(file) as lines:
+        first = next(lines, None)
+        if first is None:
+            return
+        from moecl.data.task import rows_from_lines
+        from moecl.engine import Engine
+
+        engine = Engine(load(store, device))
+        rows = rows_from_lines(chain([first], lines), engine.bank[name].task, "stdin" if file is None else str(file))
+        for chunk in chunks(rows, 1 if file is None and sys.stdin.isatty() else STEP):
+            yield [
+                {
+                    "label": found.label,
+                    "scores": {label: float(f"{score:.6g}") for label, score in found.scores.items()},
+                }
+                for found in engine.predict(chunk, name)
+            ]
+
+
+def scores(run: Path, names: Sequence[str], split: str, device: str, watcher: "Watcher") -> list[dict[str, Any]]:
+    """The score of each named task (of all where none is named) on the split that the run's config.yaml names."""
+    from moecl.data.task import read_split
+    from moecl.engine import Engine
+    from moecl.evaluate import evaluate_task, prompts
+
+    store, config = open_store(run), RunFolder(run).config()
+    names = [store.record(name).name for name in names or [record.name for record in store.tasks()]]
+    sources = {task.name: task for task in config.tasks}
+    splits = {}
+    for name in names:
+        source = getattr(sources[name], split)
+        if source is None:
+            raise DataError(f"task {name!r} has no {split} rows in {run / 'config.yaml'}; choose another --split")
+        splits[name] = read_split(source, store.record(name).task, getattr(sources[name].limit, split), split)
+    engine = Engine(load(store, device), batch_tokens=config.train.eval_batch_tokens)
+    rows = []
+    for done, (name, found) in enumerate(splits.items()):
+        watcher.evaluating(len(names), name, done, len(names))
+        entry = engine.bank[name]
+        rows.append({"task": name, **vars(evaluate_task(engine, entry, found, prompts(engine, entry.task, found)))})
+    return rows
+
+
+def open_store(run: Path) -> "Store":
+    """The store of a run, or the folder itself where it is one."""
+    if not run.is_dir():
+        raise RunError(f"{run}: no such folder; give one that `moecl train STREAM -o RUN` has made")
+    from moecl.store import Store
+
+    found = next((path for path in (run, run / "store") if Store.exists(path)), None)
+    if found is None:
+        raise RunError(f"{run}: not a run folder; give one that `moecl train STREAM -o RUN` has made")
+    return Store.open(found, readonly=True)
+
+
+def load(store: "Store", device: str) -> "MoECL":
+    from moecl.model import MoECL
+
+    return MoECL.from_store(store, device=device)
+
+
+def only_task(store: "Store") -> str:
+    names = [record.name for record in store.tasks()]
+    if len(names) != 1:
+        raise TaskError(f"--task: which one? the tasks are: {', '.join(names) or 'none yet'}")
+    return names[0]
+
+
+def chunks(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Rows by the `size`; those before a faulty one still come, then its error."""
+    chunk: list[Any] = []
+    try:
+        for row in rows:
+            chunk.append(row)
+            if len(chunk) == size:
+                yield chunk
+                chunk = []
+    except MoECLError:
+        if chunk:
+            yield chunk
+        raise
+    if chunk:
+        yield chunk
+
+
+@contextmanager
+def lines_of(file: Path | None) -> Iterator[Iterator[bytes]]:
+    if file is None:
+        yield iter(sys.stdin.buffer)
+        return
+    try:
+        opened = file.open("rb")
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}; give a file of JSONL rows or plain lines") from error
+    with opened:
+        yield iter(opened)
