@@ -20,7 +20,7 @@ import torch
 from moecl.config import StreamConfig, TaskConfig, load_stream
 from moecl.results import Result
 from moecl.store import Store
-from moecl.train import ContinualTrainer, Watcher
+from moecl.train import ContinualTrainer
 from moecl.train import learn as learn_task
 from tiny_stream import task, write_stream
 
