@@ -27,6 +27,7 @@ from moecl.task_trainer import (
     Guard,
     Learned,
     Learner,
+    OneDevice,
     Passes,
     last_checkpoint,
     learn_task,
@@ -149,6 +150,13 @@ def test_groups_are_clipped_apart():
     assert norms[0] == pytest.approx(1, rel=1e-4)
     assert groups["discriminator"][0].grad.flatten()[0].item() == pytest.approx(1e-3)
     Guard(learner, 0.0).on_pre_optimizer_step(None, TrainerState(), TrainerControl())
+
+
+def test_several_gpus_are_not_used_at_once(tmp_path, monkeypatch):
+    """Rows spread over replicas would lose the call that says which task they are of."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    arguments = OneDevice(output_dir=str(tmp_path), base_device="meta")
+    assert (arguments.device.type, arguments.n_gpu, arguments.train_batch_size) == ("meta", 1, 8)
 
 
 def test_only_what_the_method_trains_moves(tmp_path):

@@ -116,12 +116,12 @@ def print_plan(config: "StreamConfig", folder: Path) -> None:
     from moecl.config import dump_stream
     from moecl.data.task import load_task_data
 
+    found = {task.name: load_task_data(task).splits() for task in config.tasks}
     print(dump_stream(config), end="")
     print(f"# would be learned into {folder}:")
-    for task in config.tasks:
-        splits = load_task_data(task).splits()
+    for name, splits in found.items():
         steps = -(-len(splits["train"].examples) // config.train.batch_size) * config.train.epochs
-        print(f"#   {task.name}: {counts(splits)}, {steps} batches")
+        print(f"#   {name}: {counts(splits)}, {steps} batches")
 
 
 def counts(splits: dict[str, Any]) -> str:

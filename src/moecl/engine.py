@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from moecl.bank import Entry, find
 from moecl.config import Task
 from moecl.data.encode import Encoded, Encoder, collate, token_batches
 from moecl.data.task import Example, example
 from moecl.errors import BaseError, TaskError
-from moecl.model import Entry, MoECL, TaskNames, find
+from moecl.model import MoECL, TaskNames
 from moecl.nn.moe_ffn import Call, run_with
 
 __all__ = ["Engine", "Entry", "Prediction", "Request"]

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from moecl.backbone import load_backbone
+from moecl.bank import Entry
 from moecl.config import StreamConfig
 from moecl.data.check import describe
 from moecl.data.encode import Encoded, collate, plan_batches
@@ -24,7 +25,7 @@ from moecl.data.task import TaskData, load_task_data
 from moecl.engine import Engine
 from moecl.evaluate import evaluate_task, prompts
 from moecl.methods.base import Method
-from moecl.model import Entry, MoECL
+from moecl.model import MoECL
 from moecl.session import Course, Watcher, asked_for, attach, attach_method, resolve
 from moecl.store import encode
 from moecl.task_trainer import Learner
@@ -97,7 +98,7 @@ def estimate(
     return {
         "training_seconds": step / tokens * sum(total for total, _ in plans),
         "evaluation_seconds": sum(
-            seconds * (len(one.validation) * passes(config) + tested_rows(config, place, one))
+            seconds * (len(one.validation) * passes(config) + rows_tested(config, place, one))
             for place, (seconds, one) in enumerate(zip(answering, courses, strict=True))
         ),
         "memory_bytes": memory,
@@ -112,7 +113,7 @@ def passes(config: StreamConfig) -> int:
     return config.train.epochs * config.train.evals_per_epoch
 
 
-def tested_rows(config: StreamConfig, place: int, course: Course) -> int:
+def rows_tested(config: StreamConfig, place: int, course: Course) -> int:
     """Test rows of task `place` over all rows of R."""
     cells = sum(asked_for(config, number, place) for number in range(len(config.tasks) + 1))
     return cells * len(course.test[1]) if course.test else 0
@@ -162,10 +163,10 @@ def scratch_step(learner: Learner, batch: dict[str, Tensor]) -> tuple[float, int
 
 
 class Kept:
-    """A tensor that autograd keeps for a backward pass."""
+    """A tensor that autograd keeps for a backward pass; detached, or an output would hold the node that holds it."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor.detach()
 
 
 def kept_bytes(forward: Callable[[], Tensor], owned: Iterable[Tensor] = ()) -> tuple[Tensor, int]:

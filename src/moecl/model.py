@@ -1,8 +1,7 @@
 """`MoECL`: a frozen base, and a bank of tasks that any row of any batch can be answered with."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -23,23 +22,18 @@ from moecl.backbone import (
     resolve_precision,
     weights_sha256,
 )
+from moecl.bank import Entry, check_same_base, find, fitting, load_bank, modules, open_store, settings_of
 from moecl.config import MoECLConfig, Task
-from moecl.errors import BaseError, StoreError, TaskError, near
-from moecl.nn.gated import GatedLearner, from_tensors, to_tensors
+from moecl.errors import BaseError, ConfigError, StoreError, TaskError
+from moecl.nn.gated import GatedLearner, to_tensors
 from moecl.nn.inject import Injected
 from moecl.nn.lora import Geometry
-from moecl.nn.moe_ffn import Call, Gated, run_with
+from moecl.nn.moe_ffn import Call, run_with
 from moecl.store import BaseInfo, Store, TaskRecord
 
+__all__ = ["Entry", "MoECL", "MoECLOutput", "TaskNames"]
+
 TaskNames = str | Sequence[str | None] | None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A task in the bank, and what answers for it."""
-
-    task: Task
-    parts: Gated
 
 
 @dataclass
@@ -116,12 +110,28 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
             raise TaskError(f"task {task.name!r} is there already; choose another name")
         if task.kind == "classification" and not task.labels:
             raise TaskError(f"task {task.name!r}: labels are needed; give Task(labels=[...])")
+        self.check_fits(task)
         self.finish_task()
         if self.learner is None:
             self.learner = self._new_learner()
         parts = self.learner.begin(task.name, len(task.labels or ()) if task.head == "classifier" else 0)
         self.bank[task.name] = Entry(task, parts)
         self._open, self._steps = task.name, 0
+
+    def check_fits(self, task: Task) -> None:
+        """Raises ConfigError where the base cannot serve the task: too few positions, or no room for its head."""
+        positions = getattr(self.base.config, "max_position_embeddings", None)
+        if positions is not None and (task.max_length or 0) > positions:
+            raise ConfigError(
+                f"task {task.name!r}: max_length: {task.max_length} is more than the base's {positions} positions; "
+                "lower it, or train.max_length"
+            )
+        width = self.base.get_output_embeddings().weight.shape[-1]  # type: ignore[no-untyped-call]
+        if task.head == "classifier" and width != self.geometry.hidden_size:
+            raise ConfigError(
+                f"task {task.name!r}: head: classifier does not fit this base, whose last layer gives {width} numbers "
+                f"and not {self.geometry.hidden_size}; use head: lm"
+            )
 
     def _new_learner(self) -> GatedLearner:
         return GatedLearner(self.geometry, self.config, self.seed).to(self.device)
@@ -334,20 +344,8 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         return model.eval()
 
     def load_tasks(self, store: Store) -> None:
-        """Put a store's tasks into the bank; objects that tasks share are read once."""
-        objects: dict[str, dict[str, Tensor]] = {}
-        for record in store.tasks():
-            if record.form != "gated":
-                raise StoreError(f"{store.path}: task {record.name!r} has the form {record.form!r}; upgrade moecl")
-            for digest in record.parts.values():
-                if digest not in objects:
-                    objects[digest] = store.read(digest)
-            found = {part: objects[digest] for part, digest in record.parts.items()}
-            with fitting(f"{store.path}: task {record.name!r}"):
-                parts = from_tensors(self.geometry, float(record.settings["scale"]), found)  # type: ignore[arg-type]
-            for module in modules(parts):
-                module.to(self.device)
-            self.bank[record.name] = Entry(record.task, parts)
+        """Put a store's tasks into the bank. Raises StoreError."""
+        self.bank.update(load_bank(store, self.geometry, self.device))
 
     def _take_up(self, store: Store) -> None:
         """The state for further learning; with retention `live` it is what the tasks share."""
@@ -361,54 +359,7 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         self.learner = learner
 
 
-def settings_of(store: Store) -> tuple[MoECLConfig, int]:
-    """How the last task of a store was learned, and the seed."""
-    records = store.tasks()
-    known = dict(records[-1].settings) if records else {}
-    fields: Any = {name: known[name] for name in MoECLConfig.model_fields if name in known}
-    return MoECLConfig(**fields), int(known.get("seed", 0))  # type: ignore[arg-type]
-
-
-def check_same_base(store: Store, found: BaseInfo) -> None:
-    """Raises BaseError where a store was learned on another base, or on the same one in another dtype."""
-    info = store.manifest.base
-    if found.sha256 != info.sha256:
-        raise BaseError(
-            f"{store.path}: learned on base {info.id} ({info.dtype}, sha256 {info.sha256[:12]}...), not on this one "
-            f"({found.dtype}, {found.sha256[:12]}...); load the base it was learned on"
-        )
-
-
-@contextmanager
-def fitting(what: str) -> Iterator[None]:
-    """Turn torch's many lines about tensors that do not fit a base into a StoreError."""
-    try:
-        yield
-    except (RuntimeError, KeyError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise StoreError(
-            f"{what} does not fit the base ({reason}); is it another model's? restore the store from a copy"
-        ) from error
-
-
-def find(bank: Mapping[str, Entry], name: str) -> Entry:
-    if (entry := bank.get(name)) is None:
-        known = ", ".join(bank) or "none yet"
-        raise TaskError(f"no task {name!r}; the tasks are: {known}{near(name, list(bank))}")
-    return entry
-
-
-def modules(parts: Gated) -> list[nn.Module]:
-    return [module for module in (parts.shared, parts.task, parts.gate, parts.head) if module is not None]
-
-
 def last_real(attention_mask: Tensor) -> Tensor:
     """[B]: the position of each row's last real token, whichever side is padded."""
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     return (positions * attention_mask).argmax(dim=1)
-
-
-def open_store(folder: str | Path) -> Store:
-    """The store at `folder`, or of the run at `folder`."""
-    inside = Path(folder) / "store"
-    return Store.open(inside if Store.exists(inside) and not Store.exists(folder) else folder, readonly=True)

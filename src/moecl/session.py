@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from moecl.backbone import Backbone, load_backbone, resolve_device, resolve_precision
+from moecl.bank import Entry, check_same_base, fitting
 from moecl.config import MoECLConfig, StreamConfig, Task, TaskConfig
 from moecl.data.encode import Encoded
 from moecl.data.task import Split, TaskData, load_task_data, overlaps, read_split
@@ -21,7 +22,7 @@ from moecl.errors import ConfigError, DataError, RunError
 from moecl.evaluate import Score, evaluate_task, prompts
 from moecl.methods import make_method
 from moecl.methods.base import Method
-from moecl.model import Entry, MoECL, check_same_base, fitting
+from moecl.model import MoECL
 from moecl.results import Result, SplitInfo
 from moecl.run_folder import RunFolder
 from moecl.store import Store, TaskRecord
@@ -134,7 +135,7 @@ class Session:
             course.test = (course.test[0], prompts(engine, course.task, course.test[0]))
         if course.data is None:
             return
-        self._check_length(course.task)
+        self.model.check_fits(course.task)
         course.train = engine.encoder(course.task).encode(course.data.train.examples)
         if course.data.validation is not None:
             course.validation = prompts(engine, course.task, course.data.validation)
@@ -152,14 +153,6 @@ class Session:
                     f"{self.folder.path}: the {name} rows of task {course.name!r} changed since the run began; "
                     "restore them, or start another run with -o"
                 )
-
-    def _check_length(self, task: Task) -> None:
-        positions = getattr(self.model.base.config, "max_position_embeddings", None)
-        if positions is not None and (task.max_length or 0) > positions:
-            raise ConfigError(
-                f"task {task.name!r}: max_length: {task.max_length} is more than the base's {positions} positions; "
-                "lower it, or train.max_length"
-            )
 
     def _checked(self, store: Store | None) -> Store:
         info = self.model.base_info()

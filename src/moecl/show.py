@@ -107,16 +107,16 @@ def show_check(console: Console, found: Sequence[Mapping[str, Any]], cost: Mappi
             lengths = [str(split["tokens"][key]) for key in ("p50", "p95", "max")]
             table.add_row(f"  {name}", str(split["rows"]), *lengths, str(split["cut"]), balance(split["labels"]))
         console.print(table)
+        hints = Table.grid(padding=(0, 1))
         for hint in task["hints"]:
-            say(console, f"  - {hint}")
-        say(console, "")
-    seconds = cost["training_seconds"], cost["evaluation_seconds"]
-    say(console, "median, p95, max: tokens of whole inputs, of which train.max_length are kept")
-    say(
-        console,
-        f"about {duration(sum(seconds))} ({duration(seconds[0])} training, {duration(seconds[1])} testing), "
-        f"{size(cost['peak_bytes'])} of memory, {size(cost['task_bytes'])} of disk a task",
-    )
+            hints.add_row("  -", Text(hint))
+        console.print(hints)
+        console.print()
+    say(console, "median, p95, max: tokens of whole inputs, of which train.max_length are kept\n")
+    training, testing = cost["training_seconds"], cost["evaluation_seconds"]
+    say(console, f"time    {duration(training + testing)}: {duration(training)} training, {duration(testing)} testing")
+    say(console, f"memory  {size(cost['peak_bytes'])}")
+    say(console, f"disk    {size(cost['task_bytes'])} a task")
     say(console, f"({cost['how']})")
 
 

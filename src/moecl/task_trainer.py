@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -137,6 +138,22 @@ class Learned:
     curve: list[tuple[int, float]]
     figures: dict[str, float]
     trained_parameters: int
+
+
+@dataclass
+class OneDevice(TrainingArguments):
+    """Keeps to the base's device: the Trainer would take the first GPU, and spread the rows where there are more."""
+
+    base_device: str = "cpu"
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        TrainingArguments._setup_devices.func(self)  # type: ignore[attr-defined]
+        self._n_gpu = min(self._n_gpu, 1)
+        device = torch.device(self.base_device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # accelerate takes the current one
+        return device
 
 
 class TaskTrainer(Trainer):
@@ -298,7 +315,7 @@ def learn_task(
     """
     updates = math.ceil(math.ceil(len(rows) / train.batch_size) * train.epochs / train.gradient_accumulation_steps)
     passes = Passes(score, pass_steps(updates, train.epochs, train.evals_per_epoch), train.early_stopping, method.state)
-    arguments = TrainingArguments(
+    arguments = OneDevice(
         output_dir=str(folder),
         num_train_epochs=1,
         per_device_train_batch_size=train.batch_size,
@@ -312,6 +329,7 @@ def learn_task(
         logging_nan_inf_filter=False,
         report_to="none",  # `trackers` do
         disable_tqdm=True,
+        base_device=str(model.device),
         use_cpu=model.device.type == "cpu",
         dataloader_pin_memory=model.device.type == "cuda",
         remove_unused_columns=False,

@@ -103,7 +103,7 @@ class LiveWatcher(PlainWatcher):
         if what != self._shown or self._bar is None:
             if self._bar is not None:
                 self.progress.remove_task(self._bar)
-            self._bar = self.progress.add_task(what, count=count, figures=figures)
+            self._bar = self.progress.add_task(what, total=total or None, count=count, figures=figures)
             self._shown = what
         self.progress.update(self._bar, completed=done, total=total or None, count=count, figures=figures)
 

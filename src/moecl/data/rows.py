@@ -43,7 +43,7 @@ def read_rows(source: str, split: str = "train") -> Iterator[Row]:
 
 def parse_object(text: str, place: str) -> dict[str, Any]:
     """One JSON object; `place` (`file:line`) starts the message of the `DataError`."""
-    value = _parse_json(text, place, "JSONL has one object a line")
+    value = _parse_json(text.rstrip(), place, "JSONL has one object a line")
     if not isinstance(value, dict):
         raise DataError(
             f"{place}: the row is of type {type(value).__name__}, not an object (JSONL has one object a line)"
