@@ -31,7 +31,7 @@ def test_plain_lines_are_few_and_whole(clock):
             clock[0] += 1
             told.training("news", step, 30, {})
             if step % 5 == 0:
-                told.training("news", step, 30, {"loss": 1 / step, "learning_rate": 1})
+                told.training("news", step, 30, {"task_loss": 1 / step, "learning_rate": 1})
         told.training("news", 30, 30, {"train_loss": 1.0})
         told.validated("news", 0.5)
         told.row(0, ["news", "mail"], [0.5, None])
@@ -76,7 +76,7 @@ def test_a_live_bar_fits_and_is_gone_at_the_end():
         told.fetching("waiting for another process", 0, 0)
         told.fetching("downloading [x]", 5_000_000, 93_000_000)
         for step in range(3):
-            told.training(name, 12000 + step, 99999, {"loss": 2379.998 / (step + 1)})
+            told.training(name, 12000 + step, 99999, {"task_loss": 2379.998 / (step + 1)})
             told.progress.refresh()
         told.validated(name, 0.5)
         told.evaluating(1, name, 3, 12)
@@ -93,7 +93,7 @@ def test_a_live_bar_fits_and_is_gone_at_the_end():
 
 def test_a_bar_starts_anew_for_what_is_new():
     told = LiveWatcher(Console(file=io.StringIO(), force_terminal=True))
-    told.training("a", 7, 9, {"loss": 1.0})
+    told.training("a", 7, 9, {"task_loss": 1.0})
     told.training("b", 1, 9, {})
     [bar] = told.progress.tasks
     assert (bar.description, bar.completed, bar.total, bar.fields["figures"]) == ("learning b", 1, 9, "")

@@ -37,6 +37,7 @@ class Learner(nn.Module):
         self.model, self.method, self.task = model, method, task
         self.state = method.state
         self.count = 0  # batches seen; seeds a batch's draws
+        self.task_loss = torch.zeros(())  # of the last batch, without the method's penalty
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, label: Tensor) -> dict[str, Tensor]:
         """input_ids, attention_mask, labels [B, T], label [B] (class ids, for a classifier head)."""
@@ -44,6 +45,7 @@ class Learner(nn.Module):
         wanted = self.method.reads_features and self.training
         output = self.model(input_ids, attention_mask, targets, task=self.task.name, features=wanted)
         loss = output.loss
+        self.task_loss = loss.detach()
         if self.training:
             self.count += 1
         if wanted:
@@ -203,7 +205,7 @@ class TaskTrainer(Trainer):
             raise diverged(self.learner.task, self.state.global_step, "after it")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs | self.learner.method.log(), start_time)
+        super().log(logs | {"task_loss": float(self.learner.task_loss)} | self.learner.method.log(), start_time)
 
     # Checkpoints
 

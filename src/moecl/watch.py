@@ -54,9 +54,9 @@ class PlainWatcher(Watcher):
             self.say(f"learning {task}: step {step} of {steps}{loss and ', '}{loss}")
 
     def _loss(self, task: str, figures: Mapping[str, float]) -> str:
-        """The newest loss of a task: not every step tells one."""
-        if "loss" in figures:
-            self._losses[task] = f"loss {figures['loss']:.4g}"
+        """The newest loss of a task, without the adversary's: not every step tells one."""
+        if "task_loss" in figures:
+            self._losses[task] = f"loss {figures['task_loss']:.4g}"
         return self._losses.get(task, "")
 
     def validated(self, task: str, score: float) -> None:
