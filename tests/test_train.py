@@ -65,6 +65,14 @@ def test_a_finished_task_never_changes(finished):
     assert Store.open(folder / "run" / "store").verify() == []
 
 
+def test_weight_decay_does_not_reach_a_finished_task(tmp_path, tiny_folder):
+    config = stream(tmp_path / "s", tiny_folder, train={**QUICK, "weight_decay": 0.5})
+    recorder = Recorder(tmp_path / "run")
+    learn(config, tmp_path / "run", recorder)
+    assert recorder.digests[0]["task0"] == recorder.digests[1]["task0"]
+    assert torch.equal(recorder.logits[0], recorder.logits[1])
+
+
 def test_what_a_result_tells(finished):
     config, folder, result, _ = finished
     assert (result.method, result.seed, result.tasks, result.resumed) == ("moe-cl", 0, NAMES, 0)

@@ -68,9 +68,10 @@ def test_plain_fetching_and_testing(clock):
     ]
 
 
-def test_a_live_bar_fits_and_is_gone_at_the_end():
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_live_bar_fits_and_is_gone_at_the_end(width):
     file = io.StringIO()
-    console = Console(file=file, width=80, force_terminal=True, legacy_windows=False)
+    console = Console(file=file, width=width, force_terminal=True, legacy_windows=False)
     name = "a-name-" * 9
     with LiveWatcher(console) as told:
         told.fetching("waiting for another process", 0, 0)
@@ -83,10 +84,10 @@ def test_a_live_bar_fits_and_is_gone_at_the_end():
         told.progress.refresh()
     written = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue())
     bars = [line.rstrip() for line in re.split(r"[\r\n]", written) if "━" in line]
-    assert any("5/93 MB" in line for line in bars) or len(bars) >= 3
-    assert any("12000/99999 loss 2380" in line for line in bars)
-    assert any(line.startswith("testing") and "3/12" in line for line in bars)
-    assert max(map(len, bars)) < 79, "^C must fit behind it"
+    assert max(map(len, bars)) < width - 2, "^C must fit behind it"
+    if width == 80:
+        assert any("12000/99999 loss 2380" in line for line in bars)
+        assert any(line.startswith("testing") and "3/12" in line for line in bars)
     assert f"learning {name}: validation 0.500" in written.replace("\r", "\n").splitlines()
     assert file.getvalue().endswith("\x1b[2K"), "the line of the bar is erased"
 

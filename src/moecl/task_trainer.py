@@ -345,7 +345,7 @@ def learn_task(
         train,
         passes,
         args=arguments,
-        callbacks=[Guard(learner, train.max_grad_norm), passes, Telling(tell), *trackers],
+        callbacks=[Guard(learner, train.max_grad_norm), Telling(tell), passes, *trackers],
     )
     trainer.pop_callback(PrinterCallback)  # the watcher tells
     checkpoint = last_checkpoint(folder)

@@ -1,11 +1,12 @@
 """Watchers that draw a run: a live bar in a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.constrain import Constrain
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
@@ -71,13 +72,27 @@ class PlainWatcher(Watcher):
         self.say(f"{'before any task' if after == 0 else f'after {tasks[after - 1]}'}: {cells}")
 
 
+class Bar(Progress):
+    """Narrower than the screen: behind a full line the echo of ^C would start another, and the bar stay for good."""
+
+    def get_renderable(self) -> RenderableType:
+        return Narrowed(super().get_renderable())
+
+
+class Narrowed:
+    def __init__(self, inside: RenderableType) -> None:
+        self.inside = inside
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        yield Constrain(self.inside, max(1, options.max_width - 3))
+
+
 class LiveWatcher(PlainWatcher):
     """One bar for what is under way; what is worth keeping is printed above it."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        # Less than 80 columns: behind a full line the echo of ^C would start another, and the bar stay for good.
-        self.progress = Progress(
+        self.progress = Bar(
             TextColumn("{task.description}", markup=False, table_column=cut_at(24)),
             BarColumn(bar_width=16),
             TextColumn("{task.fields[count]}"),
