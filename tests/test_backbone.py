@@ -169,3 +169,8 @@ def test_the_digest_depends_on_no_layout():
     with warnings.catch_warnings(record=True) as caught:
         weights_sha256(base)
     assert caught == []
+
+
+def test_a_folder_that_is_gone(tmp_path):
+    with pytest.raises(BaseError, match=r"no such folder; restore it, or give a hub id or an asset: smollm2"):
+        load_backbone(str(tmp_path / "gone"))

@@ -216,3 +216,11 @@ def test_the_lock_is_the_systems(tmp_path):
     (tmp_path / "run" / ".lock").write_text('{"pid": 1, "host": "x", "since": "y", "command": "z"}')
     with run.lock(), (tmp_path / "run" / ".lock").open() as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_run_without_its_result_says_so(tmp_path, plain):
+    config, _, folder = plain
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(RunError, match=r"its store has task 'task0', but neither result.json nor progress.json"):
+        learn(config, tmp_path / "run")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,10 @@ def load_backbone(name: str, precision: str = "fp32", device: str = "cpu", progr
     No remote code is run, and no weight is made up: a base that lacks one is refused.
     """
     source = assets.resolve_base(name, progress=progress) if assets.is_asset(name) else name
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise BaseError(
+            f"base: {name}: no such folder; restore it, or give a hub id or an asset: {', '.join(assets.ASSETS)}"
+        )
     if progress:
         progress("loading the base", 0, 0)
     try:

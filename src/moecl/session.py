@@ -115,6 +115,11 @@ class Session:
             course = Course(data.task.model_copy(update=update), data)
             course.test = None if data.test is None else (data.test, [])
             return course
+        if config.name not in self.progress.details:
+            raise RunError(
+                f"{self.folder.path}: its store has task {config.name!r}, but neither result.json nor progress.json "
+                "tells of it; restore the one that is missing"
+            )
         course = Course(learned[0].task)
         if config.test is not None:
             try:
