@@ -9,7 +9,8 @@ from moecl import metrics
 from moecl.config import Task
 from moecl.data.task import Split, read_split
 from moecl.engine import Engine, Entry, Prediction
-from moecl.evaluate import METRICS, SPARE_TOKENS, evaluate_task, longest_answer, prompts, references
+from moecl.evaluate import SPARE_TOKENS, evaluate_task, longest_answer, prompts, references
+from moecl.metrics import ANSWER_METRICS as METRICS
 from moecl.model import MoECL
 from tiny import random_parts, tiny_model, tiny_tokenizer
 

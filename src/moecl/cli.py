@@ -101,14 +101,18 @@ def train(
 
     Started again with the same command, a run goes on where it was stopped; a finished one shows its result.
     """
-    from moecl.config import load_stream
-
-    config = load_stream(stream, [*(overrides or []), *([f"train.device={device}"] if device else [])])
+    config = read_stream(stream, overrides, device)
     folder = output or Path("runs") / stream.stem
     if dry_run:
         print_plan(config, folder)
     else:
         show_run(learn_stream(config, folder), folder)
+
+
+def read_stream(stream: Path, overrides: list[str] | None, device: str | None) -> "StreamConfig":
+    from moecl.config import load_stream
+
+    return load_stream(stream, [*(overrides or []), *([f"train.device={device}"] if device else [])])
 
 
 def print_plan(config: "StreamConfig", folder: Path) -> None:
@@ -304,9 +308,7 @@ def check(stream: Stream, overrides: Overrides = None, device: Device = None, as
 
     Reads all rows and the base: counts, balance, token lengths, cuts, duplicates and overlaps; time and memory.
     """
-    from moecl.config import load_stream
-
-    config = load_stream(stream, [*(overrides or []), *([f"train.device={device}"] if device else [])])
+    config = read_stream(stream, overrides, device)
     with learning() as watching:
         from moecl.estimate import survey
 

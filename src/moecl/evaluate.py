@@ -1,6 +1,6 @@
 """One cell of R: a task's score on a split, as the engine answers it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moecl import metrics
@@ -22,14 +22,6 @@ class Score:
     per_class_recall: dict[str, float | None]
 
 
-METRICS: Mapping[str, Callable[[Sequence[str], Sequence[str]], float | None]] = {
-    "accuracy": metrics.accuracy,
-    "macro_f1": metrics.macro_f1,
-    "exact_match": metrics.exact_match,
-    "rouge_l": metrics.rouge_l,
-}
-
-
 def prompts(engine: Engine, task: Task, split: Split) -> list[Encoded]:
     """A split's rows as `evaluate_task` takes them: without answers, with room for those that are written."""
     return engine.prompts(task, split.examples, longest_answer(engine, task, split))
@@ -42,7 +34,7 @@ def evaluate_task(engine: Engine, entry: Entry, split: Split, rows: Sequence[Enc
     found = engine.answer(requests, longest_answer(engine, entry.task, split))
     given = [prediction.label for prediction in found]
     true = references(entry.task, split)
-    score = METRICS[entry.task.metric](true, given)
+    score = metrics.ANSWER_METRICS[entry.task.metric](true, given)
     assert score is not None, "a split has at least one row"
     recall = metrics.per_class_recall(true, given, list(entry.task.labels)) if entry.task.labels else {}
     return Score(score, entry.task.metric, len(true), recall)
