@@ -76,7 +76,9 @@ def test_one_backward_trains_both_sides():
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
         moved += g_gan is not None and bool(g_gan.abs().max() > 1e-4)
         if name.endswith(("layers.1.gate", "layers.1.up_proj.lora_A")) and not name.startswith("shared"):
-            assert g_gan is None, f"{name}: the last layer's gate and task expert are not in its features"
+            assert g_gan is None or not g_gan.any(), (
+                f"{name}: the last layer's gate and task expert are not in its features"
+            )
     assert moved >= 12
 
 

@@ -64,7 +64,7 @@ def test_equals_the_reference_forward_and_backward(family, dtype):
     labels = ["y", "p", "b_t", *(f"d{out}/d {name}" for out in "yp" for name in ("x", *leaves))]
     for label, ours, oracle in zip(labels, run(True), run(False), strict=True):
         if oracle is None:  # p knows nothing of the task expert and the gate
-            assert ours is None, label
+            assert ours is None or not ours.any(), label
             assert "task" in label or "gate" in label
             continue
         assert oracle.abs().max() > 1e-3, f"{label} is trivial"
@@ -278,7 +278,8 @@ def test_dropout_masks_what_lora_a_sees_and_nothing_else():
     dropped, call = run(0.5)
     kept, plain = run(0.0)
     assert not torch.allclose(dropped, kept)
-    assert torch.equal(call.gate_use[LAYER], plain.gate_use[LAYER]), "the gate sees x whole"
+    # Not bitwise: without dropout the gate's product is part of a larger one.
+    torch.testing.assert_close(call.gate_use[LAYER], plain.gate_use[LAYER], msg="the gate sees x whole")
     torch.manual_seed(0)
     again, repeated = run(0.5)
     assert torch.equal(again, dropped)

@@ -4,20 +4,22 @@ Families differ only in what their projections are called, so one table of names
 table is run once against the original FFN and refused unless both agree bitwise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
+from transformers.pytorch_utils import Conv1D
 
 from moecl.errors import BaseError
+from moecl.nn.ffn import FFN
 from moecl.nn.lora import GATED, UNGATED, Geometry
-from moecl.nn.moe_ffn import FFN, MoEFFN, current_call, run_with
+from moecl.nn.moe_ffn import MoEFFN, current_call, run_with
 
 
 @dataclass(frozen=True)
@@ -191,15 +193,26 @@ def _fits(layer: nn.Module, names: Names) -> bool:
 
 def take_apart(layer: nn.Module, names: Names) -> FFN:
     block = getattr(layer, names.block) if names.block else layer
-    up: Forward = getattr(block, names.up).forward
-    down: Forward = getattr(block, names.down).forward
+    modules = [getattr(block, name) for name in (names.gate, names.up, names.down) if name]
+    *first, down = [module.forward for module in modules]
     activation: Forward = getattr(block, names.activation).forward
+    matrices = (
+        partial(_matrices, modules, names.fused) if all(type(m) in (nn.Linear, Conv1D) for m in modules) else None
+    )
     if names.fused:
-        return FFN(lambda x: up(x).chunk(2, dim=-1), activation, down, GATED, fused=True)
+        return FFN(lambda x: first[0](x).chunk(2, dim=-1), activation, down, GATED, True, matrices)
     if names.gate is None:
-        return FFN(lambda x: (None, up(x)), activation, down, UNGATED)
-    gate: Forward = getattr(block, names.gate).forward
-    return FFN(lambda x: (gate(x), up(x)), activation, down, GATED)
+        return FFN(lambda x: (None, first[0](x)), activation, down, UNGATED, False, matrices)
+    return FFN(lambda x: (first[0](x), first[1](x)), activation, down, GATED, False, matrices)
+
+
+def _matrices(modules: Sequence[nn.Module], fused: bool) -> tuple[Tensor, ...]:
+    """Weights as [out, in], looked up at each call: a module's weight may be moved or cast."""
+    weights = [cast(Tensor, module.weight) for module in modules]
+    first = [
+        weight if isinstance(module, nn.Linear) else weight.mT for module, weight in zip(modules, weights, strict=True)
+    ]
+    return (*first[0].chunk(2), first[1]) if fused else tuple(first)
 
 
 @torch.no_grad()

@@ -13,15 +13,18 @@ The module tree of the base is left alone: an FFN's `forward` is replaced by a `
 run with comes from the `Call` of the model call under way. There is no active task to forget to reset.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moecl.nn.ffn import FFN
+from moecl.nn.fused import Packed, mixture, plus
 from moecl.nn.lora import Expert, Gate
 
 
@@ -34,6 +37,25 @@ class Gated:
     gate: Gate
     scale: float
     head: nn.Linear | None = None  # [labels, D]; None where the language model answers
+    packs: dict[Hashable, Packed] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    @cached_property
+    def frozen(self) -> bool:
+        return not any(p.requires_grad for part in (self.shared, self.task, self.gate) for p in part.parameters())
+
+    def packed(self, layer: int, projections: Sequence[str], like: Tensor, rank: int = 0) -> Packed:
+        """The matrices of `layer` for the fast path, in the dtype and on the device of `like`, filled up to `rank`.
+
+        What is frozen is packed once; what is being trained anew at each call, so that gradients reach it.
+        """
+        rank = max(rank, self.shared.rank, self.task.rank)
+        if not self.frozen:
+            return pack(self, layer, projections, like, rank)
+        key = layer, like.dtype, like.device, rank
+        if key not in self.packs:
+            with torch.inference_mode(False), torch.no_grad():  # a later call may want gradients of its inputs
+                self.packs[key] = pack(self, layer, projections, like, rank)
+        return self.packs[key]
 
 
 @dataclass
@@ -51,11 +73,22 @@ class Call:
     gate_use: dict[int, Tensor] | None = None  # if given: layer -> task expert's weight [B, T]
     dropout: float = 0.0
     batch_size: int = 0  # rows of the forward under way, beams included; set by the base's first layer
-    cache: dict[int, "LayerParts"] = field(default_factory=dict)  # only without gradients
+    packs: dict[int, Packed] = field(default_factory=dict)  # layer -> matrices of rows that differ
 
     def replay(self) -> "Call":
         """The call as seen by a recomputation under gradient checkpointing: same work, nothing handed back twice."""
-        return replace(self, features=None if self.features is None else {}, gate_use=None, cache={})
+        return replace(self, features=None if self.features is None else {}, gate_use=None)
+
+    def spread(self, count: int) -> Tensor:
+        """`rows` for a batch of `count`: beams of a row stand together."""
+        assert self.rows is not None
+        return self.rows.repeat_interleave(count // len(self.rows))
+
+    def bare_rows(self, count: int) -> Tensor | None:
+        """[count] bool: the rows that run the bare base; None where there are none."""
+        if self.rows is None or None not in self.parts:
+            return None
+        return torch.tensor([parts is None for parts in self.parts], device=self.rows.device)[self.spread(count)]
 
 
 _current: ContextVar[Call | None] = ContextVar("moecl_call", default=None)
@@ -85,28 +118,6 @@ class LayerParts:
     task: dict[str, tuple[Tensor, Tensor]]
     gate: Tensor
     scale: float | Tensor
-    base_rows: Tensor | None = None  # [B] bool: rows that run the bare base
-
-
-@dataclass(frozen=True)
-class FFN:
-    """The frozen base FFN taken apart: `x -> (gate or None, up)`, activation, `h -> y` (bias included)."""
-
-    project: Callable[[Tensor], tuple[Tensor | None, Tensor]]
-    activation: Callable[[Tensor], Tensor]
-    down: Callable[[Tensor], Tensor]
-    projections: tuple[str, ...]
-    fused: bool = False  # the base projects gate and up with one matrix
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.hidden(*self.project(x)))
-
-    def hidden(self, gate: Tensor | None, up: Tensor) -> Tensor:
-        if gate is None:
-            return self.activation(up)
-        if self.fused:  # side by side as in the base: how an activation rounds depends on the memory layout
-            gate, up = torch.cat((gate, up), dim=-1).chunk(2, dim=-1)
-        return self.activation(gate) * up
 
 
 def add_lora(y: Tensor, x: Tensor, pair: tuple[Tensor, Tensor], scale: float | Tensor) -> Tensor:
@@ -135,13 +146,30 @@ class MoEFFN:
         x = hidden_states
         if x.dim() == 2:
             x = x.view(call.batch_size, -1, x.shape[-1])
-        parts = layer_parts(call, self.layer, self.ffn.projections, x)
-        y = self.mix(x, parts, call)
-        if parts.base_rows is not None:  # bitwise the base, whatever its neighbours run
-            y = torch.where(parts.base_rows[:, None, None], self.original(hidden_states).view_as(y), y)
+        fast = self.ffn.matrices is not None and not call.dropout and (call.rows is None or not torch.is_grad_enabled())
+        y = self.mix(x, call, fast)
+        if (bare := call.bare_rows(len(x))) is not None:  # bitwise the base, whatever its neighbours run
+            y = torch.where(bare[:, None, None], self.original(hidden_states).view_as(y), y)
         return y.view_as(hidden_states)
 
-    def mix(self, x: Tensor, parts: LayerParts, call: Call) -> Tensor:
+    def mix(self, x: Tensor, call: Call, fast: bool) -> Tensor:
+        return self.mix_fast(x, call) if fast else self.mix_plainly(x, call)
+
+    def mix_fast(self, x: Tensor, call: Call) -> Tensor:
+        """One autograd function for all of it (nn/fused.py); rows of different tasks without gradients only."""
+        packed = packed_rows(call, self.layer, self.ffn.projections, x)
+        y, b, m = mixture(self.ffn, x, packed, None if call.features is None else token_shares(call, x))
+        if call.features is not None:
+            rank = packed.B_down.shape[-2] // 2
+            low = m @ packed.A_down[0].mT
+            call.features[self.layer] = plus(self.ffn.down(m), low, packed.B_down[..., :rank, :])[:, 0]
+        if call.gate_use is not None:
+            call.gate_use[self.layer] = b[..., 1]
+        return y
+
+    def mix_plainly(self, x: Tensor, call: Call) -> Tensor:
+        """Term by term under autograd: the readable form, and the one for dropout and mixed rows with gradients."""
+        parts = layer_parts(call, self.layer, self.ffn.projections, x)
         gate, up = self.ffn.project(x)  # (B, T, F)
         seen = F.dropout(x, call.dropout) if call.dropout else x
         h_s = self.hidden(gate, up, seen, parts.shared, parts.scale)  # (B, T, F)
@@ -155,7 +183,10 @@ class MoEFFN:
         y = add_lora(y, seen_s, parts.shared["down_proj"], b_s * parts.scale)
         y = add_lora(y, seen_t, parts.task["down_proj"], b_t * parts.scale)
         if call.features is not None:
-            call.features[self.layer] = self.pooled(h_s, seen_s, parts, call)
+            shares = token_shares(call, x)
+            m = shares @ h_s  # (B, 1, F)
+            m_seen = m if seen_s is h_s else shares @ seen_s
+            call.features[self.layer] = add_lora(self.ffn.down(m), m_seen, parts.shared["down_proj"], parts.scale)[:, 0]
         if call.gate_use is not None:
             call.gate_use[self.layer] = b_t.detach()[..., 0]
         return y
@@ -172,27 +203,45 @@ class MoEFFN:
             gate = add_lora(gate, x, pairs["gate_proj"], scale)
         return self.ffn.hidden(gate, add_lora(up, x, pairs["up_proj"], scale))
 
-    def pooled(self, h_s: Tensor, seen_s: Tensor, parts: LayerParts, call: Call) -> Tensor:
-        """p [B, D]: the mean over real tokens of the shared expert's output, never formed per token."""
-        assert call.attention_mask is not None, "features need the attention mask"
-        real = call.attention_mask.to(h_s.dtype)
-        weights = (real / real.sum(dim=1, keepdim=True))[:, None, :]  # (B, 1, T)
-        m = weights @ h_s  # (B, 1, F)
-        m_seen = m if seen_s is h_s else weights @ seen_s
-        return add_lora(self.ffn.down(m), m_seen, parts.shared["down_proj"], parts.scale)[:, 0]
+
+def token_shares(call: Call, x: Tensor) -> Tensor:
+    """[B, 1, T]: the share of each token in its row's mean."""
+    assert call.attention_mask is not None, "features need the attention mask"
+    real = call.attention_mask.to(x.dtype)
+    return (real / real.sum(dim=1, keepdim=True))[:, None, :]
 
 
-def layer_parts(call: Call, layer: int, projections: tuple[str, ...], x: Tensor) -> LayerParts:
-    """The tensors of `layer` for this call's rows, in x's dtype."""
-    if torch.is_grad_enabled():
-        return _layer_parts(call, layer, projections, x)
-    found = call.cache.get(layer)
-    if found is None or (call.rows is not None and found.gate.shape[0] != x.shape[0]):
-        found = call.cache[layer] = _layer_parts(call, layer, projections, x)
+def pack(parts: Gated, layer: int, projections: Sequence[str], like: Tensor, rank: int) -> Packed:
+    """The matrices of a layer as the fast path reads them; lower ranks are filled up with zeros, which add nothing."""
+    ways = [(expert, name) for expert in (parts.shared, parts.task) for name in projections if name != "down_proj"]
+    pairs = [fill(_pair(expert, layer, name, like), rank) for expert, name in ways]
+    down = [fill(_pair(expert, layer, "down_proj", like), rank) for expert in (parts.shared, parts.task)]
+    c = parts.scale
+    return Packed(
+        torch.cat([*(lora_A * c for lora_A, _ in pairs), parts.gate.weight(layer).to(like)]),
+        tuple(lora_B.mT.contiguous() for _, lora_B in pairs),
+        (down[0][0] * c, down[1][0] * c),
+        torch.cat([lora_B for _, lora_B in down], dim=1).mT.contiguous(),
+    )
+
+
+def packed_rows(call: Call, layer: int, projections: Sequence[str], x: Tensor) -> Packed:
+    """The matrices of `layer` for this call: one set for all rows, or one a row."""
+    if call.rows is None:
+        parts = call.parts[0]
+        assert parts is not None
+        return parts.packed(layer, projections, x)
+    found = call.packs.get(layer)
+    if found is None or len(found.A_in) != len(x):
+        rank = max(max(parts.shared.rank, parts.task.rank) for parts in call.parts if parts is not None)
+        own = [None if p is None else p.packed(layer, projections, x, rank) for p in call.parts]
+        some = next(one for one in own if one is not None)
+        found = call.packs[layer] = Packed.stack([own[place] or some for place in call.spread(len(x)).tolist()])
     return found
 
 
-def _layer_parts(call: Call, layer: int, projections: tuple[str, ...], x: Tensor) -> LayerParts:
+def layer_parts(call: Call, layer: int, projections: Sequence[str], x: Tensor) -> LayerParts:
+    """The tensors of `layer` for this call's rows, in x's dtype."""
     if call.rows is None:
         parts = call.parts[0]
         assert parts is not None
@@ -202,16 +251,13 @@ def _layer_parts(call: Call, layer: int, projections: tuple[str, ...], x: Tensor
             parts.gate.weight(layer).to(x.dtype),
             parts.scale,
         )
-    rows = call.rows.repeat_interleave(x.shape[0] // call.rows.shape[0])  # beams of a row stand together
-    filled = [parts for parts in call.parts if parts is not None]
-    stand_in = [parts if parts is not None else filled[0] for parts in call.parts]
-    missing = torch.tensor([parts is None for parts in call.parts], device=x.device)
+    rows, some = call.spread(len(x)), next(parts for parts in call.parts if parts is not None)
+    own = [some if parts is None else parts for parts in call.parts]
     return LayerParts(
-        {name: _stacked([parts.shared for parts in stand_in], layer, name, rows, x) for name in projections},
-        {name: _stacked([parts.task for parts in stand_in], layer, name, rows, x) for name in projections},
-        torch.stack([parts.gate.weight(layer) for parts in stand_in]).to(x.dtype)[rows],
-        torch.tensor([parts.scale for parts in stand_in], device=x.device, dtype=x.dtype)[rows, None, None],
-        missing[rows] if len(filled) < len(call.parts) else None,
+        {name: _stacked([parts.shared for parts in own], layer, name, rows, x) for name in projections},
+        {name: _stacked([parts.task for parts in own], layer, name, rows, x) for name in projections},
+        torch.stack([parts.gate.weight(layer) for parts in own]).to(x.dtype)[rows],
+        torch.tensor([parts.scale for parts in own], device=x.device, dtype=x.dtype)[rows, None, None],
     )
 
 
@@ -224,6 +270,11 @@ def _stacked(experts: list[Expert], layer: int, projection: str, rows: Tensor, x
     """Pairs [B, r, in], [B, out, r]; experts of a lower rank are filled up with zeros, which add nothing."""
     pairs = [_pair(expert, layer, projection, x) for expert in experts]
     rank = max(expert.rank for expert in experts)
-    lora_A = torch.stack([F.pad(a, (0, 0, 0, rank - a.shape[0])) for a, _ in pairs])
-    lora_B = torch.stack([F.pad(b, (0, rank - b.shape[1])) for _, b in pairs])
-    return lora_A[rows], lora_B[rows]
+    filled = [fill(pair, rank) for pair in pairs]
+    return torch.stack([lora_A for lora_A, _ in filled])[rows], torch.stack([lora_B for _, lora_B in filled])[rows]
+
+
+def fill(pair: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """A pair of at least `rank`: rows and columns of zeros add nothing."""
+    lora_A, lora_B = pair
+    return F.pad(lora_A, (0, 0, 0, rank - len(lora_A))), F.pad(lora_B, (0, rank - lora_B.shape[1]))

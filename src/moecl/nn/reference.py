@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moecl.nn.ffn import FFN
 from moecl.nn.lora import Expert
-from moecl.nn.moe_ffn import FFN, Gated
+from moecl.nn.moe_ffn import Gated
 
 
 @dataclass(frozen=True)
