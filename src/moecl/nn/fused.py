@@ -117,9 +117,9 @@ class _Mixture(torch.autograd.Function):
             for expert, A_e in enumerate((A_s, A_t)):
                 h_e, through = activate(ctx.ffn, moved(pre, lows, B_in, expert, rows))
                 t = plus(dh[rows], dlow_ds[expert][rows], A_e)
-                products.append(t * h_e)
                 weight = b[rows, :, expert, None]
                 dA[expert] += outer(dlow_ds[expert][rows] * weight, h_e)
+                products.append(h_e.mul_(t))
                 dh_e = t.mul_(weight)
                 if expert == 0 and ctx.real is not None:
                     dh_e.baddbmm_(ctx.real[rows].mT, dm[rows])
@@ -140,7 +140,7 @@ class _Mixture(torch.autograd.Function):
 
 
 def activate(ffn: FFN, z: list[Tensor]) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
-    """h of an expert's projections z, and what takes dh (and its memory) to dz; whatever the base's activation is."""
+    """h of an expert's projections z, and what takes dh to dz, once: it works in the memory of both."""
     with torch.enable_grad():
         a = ffn.activation(z[0].requires_grad_())
     value = a.detach()
@@ -148,9 +148,9 @@ def activate(ffn: FFN, z: list[Tensor]) -> tuple[Tensor, Callable[[Tensor], list
     def through(dh: Tensor) -> list[Tensor]:
         if len(z) == 1:
             return list(torch.autograd.grad(a, z[0], dh))
-        return [*torch.autograd.grad(a, z[0], dh * z[1]), dh.mul_(value)]
+        return [*torch.autograd.grad(a, z[0], z[1].mul_(dh)), dh.mul_(value)]
 
-    return value if len(z) == 1 else value * z[1], through
+    return value.clone() if len(z) == 1 else value * z[1], through
 
 
 def moved(
