@@ -23,6 +23,7 @@ from moecl.evaluate import Score, evaluate_task, prompts
 from moecl.methods import make_method
 from moecl.methods.base import Method
 from moecl.model import MoECL
+from moecl.prefix import Prefixes
 from moecl.results import Result, SplitInfo
 from moecl.run_folder import RunFolder
 from moecl.store import Store, TaskRecord
@@ -95,6 +96,7 @@ class Session:
         self.tokenizer = backbone.tokenizer
         self.model, self.method = attach(backbone, self.config)
         self.store = self._checked(store)
+        self.prefixes = prefixes(self.model, self.config, self.store.manifest.base.sha256, watcher)
         for course in self.courses:
             self._encode(course)
         self.model.train()
@@ -223,6 +225,7 @@ class Session:
             self.config.train,
             self.folder.checkpoints / name,
             pad_id=self.engine().pad_id,
+            prefixes=self.prefixes,
             score=None if course.data.validation is None else lambda: self._validate(course),
             tell=lambda step, steps, figures: self.watcher.training(name, step, steps, figures),
             trackers=[make(self.folder, name) for make in self.trackers],
@@ -375,6 +378,14 @@ def attach_method(model: MoECL, config: StreamConfig) -> Method:
     method = make_method(config.method, model.geometry, config.train.seed)
     method.state.to(model.device)
     return method
+
+
+def prefixes(model: MoECL, config: StreamConfig, base_sha256: str, watcher: Watcher) -> Prefixes | None:
+    """None where they are not wanted, or where the base has none."""
+    most = config.train.prefix_cache
+    if not most or not model.injected.takes_prefix():
+        return None
+    return Prefixes(model, base_sha256, int(most * 1e9), watcher.note)
 
 
 def resolve(config: StreamConfig, watcher: Watcher) -> StreamConfig:
