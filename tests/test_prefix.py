@@ -57,12 +57,6 @@ def test_what_the_bits_depend_on_is_in_the_key():
     keys = [one.key(ROWS[0]), one.key(ROWS[0][:-1]), one.key([59, *ROWS[0][2:]])]
     other = prefixes(base=tiny_model(layers=3, seed=1))[0]
     deeper, fewer = tiny_model(layers=4), prefixes(adapt=2)[0]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
-    try:
-        keys.append(prefixes()[0].key(ROWS[0]))
-    finally:
-        torch.set_num_threads(threads)
     scaled = tiny_model(layers=3)
     scaled.config.rms_norm_eps = 0.1
     for found in (other, fewer, prefixes(base=deeper, adapt=2)[0], prefixes(dtype=torch.bfloat16)[0]):
@@ -107,6 +101,20 @@ def test_loss_and_gradients_are_those_of_the_whole_forward(family, checkpointing
     for name, tensor in found[0].items():
         if tensor is not None:
             torch.testing.assert_close(found[1][name], tensor, **CLOSE, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_bits_are_the_same_by_any_number_of_threads():
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            derived.clear("prefix")
+            found.append(prefixes()[0].batch(ROWS))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
 
 
 # --- whole runs ---

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 from weakref import WeakSet
 
@@ -26,6 +27,7 @@ from moecl.engine import Engine
 from moecl.evaluate import evaluate_task, prompts
 from moecl.methods.base import Method
 from moecl.model import MoECL
+from moecl.prefix import Prefixes
 from moecl.session import Course, Watcher, asked_for, attach, attach_method, resolve
 from moecl.store import encode
 from moecl.task_trainer import Learner
@@ -79,6 +81,11 @@ def estimate(
     model.bank = {first.name: Entry(first.task, method.begin(first.task))}
     trained = sum(p.numel() for group in method.groups().values() for p in group)
     batch = scratch_batch(first.train, config, Engine(model).pad_id, model.device)
+    spared = prefix_savings(model, config, courses)
+    if spared is not None:
+        batch["prefix"] = torch.zeros(
+            *batch["input_ids"].shape, model.geometry.hidden_size, dtype=model.base.dtype, device=model.device
+        )
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     step, kept = scratch_step(Learner(model, method, first.task), batch)
@@ -96,7 +103,7 @@ def estimate(
         "activations": kept * largest // tokens,
     }
     return {
-        "training_seconds": step / tokens * sum(total for total, _ in plans),
+        "training_seconds": step / tokens * sum(total for total, _ in plans) + (spared or {}).get("filling_seconds", 0),
         "evaluation_seconds": sum(
             seconds * (len(one.validation) * passes(config) + rows_tested(config, place, one))
             for place, (seconds, one) in enumerate(zip(answering, courses, strict=True))
@@ -104,8 +111,34 @@ def estimate(
         "memory_bytes": memory,
         "peak_bytes": sum(memory.values()),
         "task_bytes": own,
+        "prefix": spared,
         "how": f"from a scratch step of {tokens} tokens and a few answers on {config.train.device} in "
         f"{config.train.precision}, +-50 %",
+    }
+
+
+def prefix_savings(model: MoECL, config: StreamConfig, courses: Sequence[Course]) -> dict[str, Any] | None:
+    """What the frozen prefix's cache takes and spares in training; None where there is none.
+
+    `share` of the layers that it spares each forward; `filling_seconds` once for all runs with this base and these
+    texts, `spared_seconds` in each epoch's stead.
+    """
+    if not config.train.prefix_cache or not model.injected.takes_prefix():
+        return None
+    texts = {tuple(row.input_ids + row.answer_ids) for course in courses for row in course.train}
+    tokens = sum(map(len, texts))
+    few = [list(text) for text in islice(texts, SCRATCH_ANSWERS)]
+    prefixes = Prefixes(model, "", 0, lambda message: None)  # keeps nothing
+    prefixes.batch(few[:1])  # the first one sets things up
+    begun = time.monotonic()
+    prefixes.batch(few)
+    seconds = (time.monotonic() - begun) / sum(map(len, few)) * tokens
+    width = model.geometry.hidden_size * model.base.dtype.itemsize
+    return {
+        "bytes": tokens * width,
+        "share": model.injected.below / model.geometry.num_layers,
+        "filling_seconds": seconds,
+        "spared_seconds": seconds * (config.train.epochs - 1),
     }
 
 

@@ -6,6 +6,8 @@ They carry no expert and are frozen, so their output depends on the text alone: 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -23,8 +25,9 @@ Side = Literal["left", "right"]
 class Prefixes:
     """The prefixes of texts (token ids), from the cache or computed.
 
-    Each text is computed alone and without padding: the bits of a row depend on the shape of its batch, and so would
-    results on which rows were in the cache already.
+    Each text is computed alone, without padding and by one thread: the bits of a row depend on the shape of its batch,
+    and so would results on which rows were in the cache already. On a processor as many texts run at once as there are
+    threads, which costs no more than a batch of them.
     """
 
     def __init__(self, model: MoECL, base_sha256: str, most_bytes: int, note: Callable[[str], None]) -> None:
@@ -37,7 +40,7 @@ class Prefixes:
         base, device = self.model.base, self.model.device
         config = {key: value for key, value in base.config.to_dict().items() if not key.startswith("_")}
         on = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-        runs = [device.type, on, torch.get_num_threads(), torch.__version__, transformers.__version__]
+        runs = [device.type, on, torch.__version__, transformers.__version__]
         what = [self.base_sha256, config, base.config._attn_implementation, dtype_name(base), self.model.injected.below]
         return hashlib.sha256(json.dumps([what, runs], sort_keys=True, default=str).encode()).digest()
 
@@ -61,14 +64,23 @@ class Prefixes:
                 _bytes(_part(batch, place, len(ids), side))[:] = _bytes(found["hidden_states"])
         return batch, missing
 
-    @torch.no_grad()
     def fill(self, batch: Tensor, missing: Sequence[int], rows: Sequence[Sequence[int]], side: Side = "right") -> None:
         """Compute what `read` lacked, and keep it."""
-        for place in missing:
-            ids = torch.tensor([rows[place]], device=self.model.device)
-            hidden_states = self.model.injected.prefix(ids)[0].cpu()  # (T, D)
-            self.kept.put(self.key(rows[place]), {"hidden_states": hidden_states})
-            _part(batch, place, len(rows[place]), side).copy_(hidden_states)
+        if not missing:
+            return
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(self._at_once(), initializer=partial(torch.set_num_threads, 1)) as pool:
+            computed = pool.map(self._compute, [rows[place] for place in missing])
+            for place, hidden_states in zip(missing, computed, strict=True):
+                self.kept.put(self.key(rows[place]), {"hidden_states": hidden_states})
+                _part(batch, place, len(rows[place]), side).copy_(hidden_states)
+        torch.set_num_threads(threads)  # each thread has a number of its own, but what new ones start with is shared
+
+    def _at_once(self) -> int:
+        return torch.get_num_threads() if self.model.device.type == "cpu" else 1
+
+    def _compute(self, ids: Sequence[int]) -> Tensor:
+        return self.model.injected.prefix(torch.tensor([ids], device=self.model.device))[0].cpu()  # (T, D)
 
     def batch(self, rows: Sequence[Sequence[int]], side: Side = "right") -> Tensor:
         """[B, T, D] on the base's device, zeros at padding."""

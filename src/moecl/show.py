@@ -117,7 +117,16 @@ def show_check(console: Console, found: Sequence[Mapping[str, Any]], cost: Mappi
     say(console, f"time    {duration(training + testing)}: {duration(training)} training, {duration(testing)} testing")
     say(console, f"memory  {size(cost['peak_bytes'])}")
     say(console, f"disk    {size(cost['task_bytes'])} a task")
+    if (prefix := cost.get("prefix")) is not None:
+        say(console, f"prefix  {show_prefix(prefix)}")
     say(console, f"({cost['how']})")
+
+
+def show_prefix(prefix: Mapping[str, Any]) -> str:
+    return (
+        f"{size(prefix['bytes'])} of cache, filled in {duration(prefix['filling_seconds'])}, spare each forward "
+        f"{prefix['share']:.0%} of its layers and training {duration(prefix['spared_seconds'])}"
+    )
 
 
 def balance(labels: Mapping[str, int]) -> str:

@@ -7,6 +7,8 @@ with an entry or with the disk, it is computed again, and nothing else changes. 
 hidden states (some 100 kB), so that opening it costs little beside reading it, and each can be removed on its own.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 import secrets
@@ -15,15 +17,16 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
 
 from moecl.data.assets import cache_dir
 
-KINDS = {"prefix": "the output of a base's frozen lower layers for each text"}
+if TYPE_CHECKING:  # listing and clearing need no torch
+    from torch import Tensor
+
+KINDS = ("prefix",)
 DIGEST = "sha256"
 SLACK = 20  # a twentieth of the bound is freed at once, and written before the folder is looked through again
 STALE = 3600.0  # seconds after which a file being written was left by a dead process
@@ -48,6 +51,8 @@ class Derived:
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """The entry, if it is there and whole. May be called from any thread."""
+        from safetensors.torch import load
+
         path = self._path(key)
         try:
             tensors = load(path.read_bytes())
@@ -61,6 +66,9 @@ class Derived:
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep an entry where there is room; without fsync, since a file that did not reach the disk is found out."""
+        import torch
+        from safetensors.torch import save
+
         if self._full:
             return
         sealed = torch.frombuffer(bytearray(digest(key, tensors)), dtype=torch.uint8)
@@ -115,6 +123,8 @@ class Derived:
 
 
 def digest(key: str, tensors: Mapping[str, Tensor]) -> bytes:
+    import torch
+
     found = hashlib.sha256(key.encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

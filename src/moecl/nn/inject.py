@@ -70,6 +70,7 @@ class Injected:
             self._inject(layer, ffns[index], names, index)
         self._hooks = [layers[0].register_forward_pre_hook(_note_batch, with_kwargs=True)]
         self._hooks.append(base.get_output_embeddings().register_forward_pre_hook(_keep_answers))  # type: ignore[operator]
+        self._hooks.append(layers[self.below].register_forward_pre_hook(_reached, with_kwargs=True))
         for layer in layers[: self.below]:
             self._replace(layer, partial(_below, layer.forward))
         self._checkpointed = False
@@ -81,14 +82,12 @@ class Injected:
 
     @torch.no_grad()
     def prefix(self, input_ids: Tensor) -> Tensor:
-        """The prefix's output: [B, T] without padding -> [B, T, D]."""
-        hook = self.layers[self.below].register_forward_pre_hook(_reached, with_kwargs=True)
+        """The prefix's output: [B, T] without padding -> [B, T, D]. Threads may call it at once."""
         try:
-            self.base.base_model(input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)  # type: ignore[operator]
+            with run_with(_PrefixAlone((None,))):
+                self.base.base_model(input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)  # type: ignore[operator]
         except _ReachedError as reached:
             return reached.hidden_states
-        finally:
-            hook.remove()
         raise AssertionError("the first adapted layer did not run")
 
     @torch.no_grad()
@@ -161,8 +160,12 @@ def _checkpointed(forward: Forward, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
+class _PrefixAlone(Call):
+    """A call that ends at the first adapted layer."""
+
+
 class _ReachedError(Exception):
-    """Ends a forward at the first adapted layer."""
+    """What enters that layer."""
 
     def __init__(self, hidden_states: Tensor) -> None:
         super().__init__()
@@ -170,7 +173,8 @@ class _ReachedError(Exception):
 
 
 def _reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    raise _ReachedError(args[0] if args else kwargs["hidden_states"])
+    if isinstance(current_call(), _PrefixAlone):
+        raise _ReachedError(args[0] if args else kwargs["hidden_states"])
 
 
 def _below(forward: Forward, *args: Any, **kwargs: Any) -> Any:
