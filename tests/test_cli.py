@@ -413,7 +413,7 @@ def test_what_the_cache_has_of_users_texts(moecl, tmp_path, monkeypatch):
     assert json.loads(moecl("cache", "list", "--json").out) == [
         {"name": "prefix", "path": str(tmp_path / "prefix"), "bytes": path.stat().st_size}
     ]
-    assert "derives from your texts" in moecl("cache", "clear", "--help").out
+    assert "derive from your texts" in moecl("cache", "clear", "--help").out
     moecl("cache", "clear", "vader4")
     assert path.exists()
     for words in (["prefix"], []):

@@ -121,7 +121,7 @@ def test_survey_tells_what_the_prefix_cache_takes(tiny_folder, tmp_path, monkeyp
     path = write_stream(tmp_path / "data", tiny_folder, rows=16, method={"name": "moe-cl", "rank": 2})
     one_layer = ["method.adapt_layers=1", "train.evals_per_epoch=0", "evaluate=seen"]
     found = survey(load_stream(path, one_layer), Watcher())["estimate"]["prefix"]
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "prefix").exists()
     assert found["share"] == 0.5
     assert found["spared_seconds"] == found["filling_seconds"] > 0, "of two epochs one is spared"
     config = load_stream(path, [*one_layer, "tasks.task0.test=null", "tasks.task1.test=null"])

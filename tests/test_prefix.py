@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from moecl.backbone import weights_sha256
-from moecl.config import StreamConfig
+from moecl.config import MoECLConfig, StreamConfig
 from moecl.data import derived
+from moecl.engine import Engine
+from moecl.model import MoECL
 from moecl.nn.inject import Injected
 from moecl.prefix import Prefixes
 from runs import Recorder, learn, stream
 from tiny import FAMILIES, tiny_batch, tiny_model, tiny_tokenizer
-from tiny_tasks import CLOSE, labelled, learned
+from tiny_tasks import CLOSE, labelled, learned, stir, task
 
 ROWS = [[5, 9, 3, 7], [4, 4, 8], [6, 3, 3, 3, 9, 11, 20]]
 
@@ -172,6 +174,56 @@ def test_a_run_with_it_is_the_run_without_it(tmp_path, three_layers, monkeypatch
     assert R_without == R
     assert losses == pytest.approx(losses_without, rel=1e-5)
     assert len(losses) > 1
+
+
+def test_answers_of_one_forward_are_read_above_it(monkeypatch):
+    """Words and heads, rows of several tasks, from the cache or computed: bitwise, and within the tolerance without."""
+    words = task("word", labels=("g", "b"))
+    head = task("head", head="classifier")
+    tokenizer = tiny_tokenizer()
+    model = MoECL.attach(tiny_model(layers=3, vocab_size=len(tokenizer)), MoECLConfig(rank=4, adapt_layers=1))
+    for seed, one in enumerate((words, head)):
+        model.add_task(one)
+        stir(model, seed)
+    model.finish_task()
+    rows = ["the movie was great", "bad food", "it is the story of a phone", "love"] * 2
+    names = ["word", "head"] * 4
+    plain = Engine(model, tokenizer).predict(rows, names)
+    seen = counted(monkeypatch)
+    kept = Prefixes(model, "", 10**8, print)
+    first, again = (Engine(model, tokenizer, prefixes=kept).predict(rows, names) for _ in range(2))
+    assert set(seen.values()) == {1}
+    assert len(seen) == 4
+    assert first == again
+    for one, other in zip(first, plain, strict=True):
+        assert one.scores == pytest.approx(other.scores, rel=1e-4, abs=1e-5)
+        assert one.scores != pytest.approx(dict.fromkeys(one.scores, 0.5), abs=1e-3)
+
+
+def test_rows_of_the_score_matrix_do_not_move_with_what_is_cached(tmp_path, three_layers, monkeypatch, cache):
+    """Contract 4: entries are lost between two rows of R, and the finished task's cells stay."""
+    lost = []
+
+    class Losing(Recorder):
+        def row(self, after, tasks, scores):
+            lost.append(after)
+            for place, path in enumerate(sorted(cache.rglob("*.safetensors"))):
+                if place % 3 == after % 3:
+                    path.unlink()
+
+    probabilities = []
+    real = Engine.answer
+    monkeypatch.setattr(Engine, "answer", lambda self, *a: probabilities.append(real(self, *a)) or probabilities[-1])
+    method = {"name": "moe-cl", "rank": 2, "adapt_layers": 1}
+    train = {"precision": "fp32", "epochs": 1, "evals_per_epoch": 0}
+    labels = {"good": "s", "bad": "t"}  # a token each
+    config = stream(tmp_path / "stream", three_layers, method=method, train=train, evaluate="seen")
+    tasks = [one.model_copy(update={"labels": labels}) for one in config.tasks]
+    learn(config.model_copy(update={"tasks": tasks}), tmp_path / "run", Losing(tmp_path / "run"))
+    assert lost == [0, 1, 2]
+    of_the_first = [found for found in probabilities if found[0].task == "task0"]
+    assert len(of_the_first) == 2
+    assert of_the_first[0] == of_the_first[1]
 
 
 def test_seed_order_and_method_share_it(tmp_path, three_layers, monkeypatch):

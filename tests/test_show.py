@@ -118,6 +118,6 @@ def test_check():
         "time    1 min 15 s: 30 s training, 45 s testing",
         "memory  1.3 GB",
         "disk    4.9 MB a task",
-        "prefix  69 MB of cache, filled in 20 s, spare each forward 80% of its layers and training 40 s",
+        "prefix  69 MB of cache: 80% of the layers run once a text, 20 s; spares 40 s",
         "(measured)",
     ]

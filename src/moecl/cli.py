@@ -344,7 +344,7 @@ def fetch(
 def cache_list(as_json: AsJson = False) -> None:
     """List what is in the cache.
 
-    Beside assets: `prefix`, what a base's frozen lower layers gave for each text of your data.
+    Beside assets: `tokens` and `prefix`, your texts as tokens and as what a base's frozen lower layers give for them.
     """
     from moecl.data import derived
     from moecl.data.assets import cache_dir, cached
@@ -369,7 +369,7 @@ def cache_clear(
 ) -> None:
     """Remove what is in the cache; it is fetched or computed again when needed.
 
-    `prefix` derives from your texts: clear it where they must not stay on this machine.
+    `tokens` and `prefix` derive from your texts: clear them where these must not stay on this machine.
     """
     from moecl.data import derived
     from moecl.data.assets import ASSETS, cache_dir, clear

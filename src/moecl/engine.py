@@ -20,6 +20,7 @@ from moecl.data.task import Example, example
 from moecl.errors import BaseError, TaskError
 from moecl.model import MoECL, TaskNames
 from moecl.nn.moe_ffn import Call, run_with
+from moecl.prefix import Prefixes
 
 __all__ = ["Engine", "Entry", "Prediction", "Request"]
 
@@ -69,6 +70,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         bank: Mapping[str, Entry] | None = None,
         batch_tokens: int | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         found = tokenizer or model.tokenizer
         if found is None:
@@ -76,6 +78,7 @@ class Engine:
         self.model, self.tokenizer = model, found
         self.bank = model.bank if bank is None else bank
         self.batch_tokens = batch_tokens or BATCH_TOKENS
+        self.prefixes = prefixes  # for answers of one forward; a KV cache needs every layer
         self._encoders: dict[str, Encoder] = {}
         self._tries: dict[Encoder, Trie] = {}
 
@@ -92,8 +95,10 @@ class Engine:
 
     def prompts(self, task: Task, examples: Sequence[Example], max_new_tokens: int = MAX_NEW_TOKENS) -> list[Encoded]:
         """Rows without their answers; a text to be written keeps room, a quarter of `max_length` at most."""
-        encoder = self.encoder(task)
-        return encoder.encode(examples, answers=False, reserve=min(max_new_tokens, encoder.max_length // 4))
+        return self.encoder(task).encode(examples, answers=False, reserve=self.reserve(task, max_new_tokens))
+
+    def reserve(self, task: Task, max_new_tokens: int) -> int:
+        return min(max_new_tokens, self.encoder(task).max_length // 4)
 
     def predict(
         self,
@@ -165,7 +170,7 @@ class Engine:
 
     def _read_words(self, batch: Sequence[Request]) -> list[Prediction]:
         """Every label is one token: one forward, and the share of each label's token among the labels'."""
-        inputs, call = self._inputs(batch)
+        inputs, call = self._inputs(batch, one_forward=True)
         call.answers = last_only(inputs["input_ids"])
         with run_with(call):
             logits = self.model.base(**inputs, use_cache=False).logits.float()  # (B, V)
@@ -175,7 +180,7 @@ class Engine:
         ]
 
     def _read_head(self, batch: Sequence[Request]) -> list[Prediction]:
-        inputs, call = self._inputs(batch)
+        inputs, call = self._inputs(batch, one_forward=True)
         parts = call.parts[0]
         assert parts is not None
         assert parts.head is not None
@@ -245,11 +250,13 @@ class Engine:
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id or 0) if pad is None else int(pad)
 
-    def _inputs(self, batch: Sequence[Request]) -> tuple[dict[str, Tensor], Call]:
+    def _inputs(self, batch: Sequence[Request], one_forward: bool = False) -> tuple[dict[str, Tensor], Call]:
         """Left-padded ids, mask and positions, and the call that runs each row with its task's parts."""
         padded = collate([request.row for request in batch], self.pad_id, side="left", answers=False)
         ids, mask = padded["input_ids"].to(self.model.device), padded["attention_mask"].to(self.model.device)
         call = self.model.call([request.entry.task.name for request in batch], len(batch), self.bank)
+        if one_forward and self.prefixes is not None:
+            call.prefix = self.prefixes.batch([request.row.input_ids for request in batch], "left")
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, call
 

@@ -21,8 +21,11 @@ from moecl.backbone import load_backbone
 from moecl.bank import Entry
 from moecl.config import StreamConfig
 from moecl.data.check import describe
+from moecl.data.derived import Derived
 from moecl.data.encode import Encoded, collate, plan_batches
 from moecl.data.task import TaskData, load_task_data
+from moecl.data.tokens import MOST_BYTES as TOKEN_BYTES
+from moecl.data.tokens import encode_split
 from moecl.engine import Engine
 from moecl.evaluate import evaluate_task, prompts
 from moecl.methods.base import Method
@@ -38,7 +41,9 @@ COPIES = 5  # of a trained number: itself, its gradient, AdamW's two moments and
 
 
 def survey(config: StreamConfig, watcher: Watcher) -> dict[str, Any]:
-    """`tasks`: what `describe` says of each; `estimate`: what `estimate` does. Writes nothing. Raises as `train`."""
+    """`tasks`: what `describe` says of each; `estimate`: what `estimate` does. Writes nothing but
+    token ids to the cache. Raises as `train`.
+    """
     data = [load_task_data(task) for task in config.tasks]  # faults in data show before the base is loaded
     config = resolve(config, watcher)
     train = config.train
@@ -47,14 +52,15 @@ def survey(config: StreamConfig, watcher: Watcher) -> dict[str, Any]:
     backbone = load_backbone(config.base, train.precision, train.device, watcher.fetching)
     model, method = attach(backbone, config)
     engine = Engine(model, batch_tokens=train.eval_batch_tokens)
-    courses = [course(one, config, engine) for one in data]
+    tokens = Derived("tokens", TOKEN_BYTES, watcher.note)
+    courses = [course(one, config, engine, tokens) for one in data]
     found = [
         describe(replace(one, task=of.task), engine.encoder(of.task)) for one, of in zip(data, courses, strict=True)
     ]
     return {"tasks": found, "estimate": estimate(model, method, config, courses, process)}
 
 
-def course(data: TaskData, config: StreamConfig, engine: Engine) -> Course:
+def course(data: TaskData, config: StreamConfig, engine: Engine, tokens: Derived) -> Course:
     settled = {
         "head": data.task.head or config.head,
         "max_length": data.task.max_length or config.train.max_length,
@@ -63,9 +69,9 @@ def course(data: TaskData, config: StreamConfig, engine: Engine) -> Course:
     return Course(
         task,
         data,
-        engine.encoder(task).encode(data.train.examples),
-        [] if data.validation is None else prompts(engine, task, data.validation),
-        None if data.test is None else (data.test, prompts(engine, task, data.test)),
+        encode_split(engine.encoder(task), data.train, tokens),
+        [] if data.validation is None else prompts(engine, task, data.validation, tokens),
+        None if data.test is None else (data.test, prompts(engine, task, data.test, tokens)),
     )
 
 

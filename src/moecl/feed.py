@@ -21,6 +21,8 @@ class Feed(Dataset[dict[str, Tensor]]):
         self, rows: Sequence[Encoded], plan: Sequence[Sequence[int]], pad_id: int, prefixes: Prefixes | None = None
     ) -> None:
         self.rows, self.plan, self.pad_id, self.prefixes = rows, plan, pad_id, prefixes
+        if prefixes is not None:
+            prefixes.kept.begin()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
         self._ahead: dict[int, Future[tuple[dict[str, Tensor], list[int]]]] = {}
 

@@ -5,6 +5,7 @@ They carry no expert and are frozen, so their output depends on the text alone: 
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -68,12 +69,15 @@ class Prefixes:
         """Compute what `read` lacked, and keep it."""
         if not missing:
             return
+        places: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for place in missing:
+            places[tuple(rows[place])].append(place)
         threads = torch.get_num_threads()
         with ThreadPoolExecutor(self._at_once(), initializer=partial(torch.set_num_threads, 1)) as pool:
-            computed = pool.map(self._compute, [rows[place] for place in missing])
-            for place, hidden_states in zip(missing, computed, strict=True):
-                self.kept.put(self.key(rows[place]), {"hidden_states": hidden_states})
-                _part(batch, place, len(rows[place]), side).copy_(hidden_states)
+            for ids, hidden_states in zip(places, pool.map(self._compute, places), strict=True):
+                self.kept.put(self.key(ids), {"hidden_states": hidden_states})
+                for place in places[ids]:
+                    _part(batch, place, len(ids), side).copy_(hidden_states)
         torch.set_num_threads(threads)  # each thread has a number of its own, but what new ones start with is shared
 
     def _at_once(self) -> int:
@@ -87,6 +91,15 @@ class Prefixes:
         batch, missing = self.read(rows, side)
         self.fill(batch, missing, rows, side)
         return batch.to(self.model.device)
+
+
+def prefixes(
+    model: MoECL, base_sha256: str, gigabytes: float, note: Callable[[str], None] = lambda message: None
+) -> Prefixes | None:
+    """None where they are not wanted (0 gigabytes), or where the base has none."""
+    if not gigabytes or not model.injected.takes_prefix():
+        return None
+    return Prefixes(model, base_sha256, int(gigabytes * 1e9), note)
 
 
 def _part(batch: Tensor, row: int, length: int, side: Side) -> Tensor:

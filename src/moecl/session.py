@@ -15,15 +15,18 @@ from transformers import TrainerCallback
 from moecl.backbone import Backbone, load_backbone, resolve_device, resolve_precision
 from moecl.bank import Entry, check_same_base, fitting
 from moecl.config import MoECLConfig, StreamConfig, Task, TaskConfig
+from moecl.data.derived import Derived
 from moecl.data.encode import Encoded
 from moecl.data.task import Split, TaskData, load_task_data, overlaps, read_split
+from moecl.data.tokens import MOST_BYTES as TOKEN_BYTES
+from moecl.data.tokens import encode_split
 from moecl.engine import Engine
 from moecl.errors import ConfigError, DataError, RunError
 from moecl.evaluate import Score, evaluate_task, prompts
 from moecl.methods import make_method
 from moecl.methods.base import Method
 from moecl.model import MoECL
-from moecl.prefix import Prefixes
+from moecl.prefix import prefixes
 from moecl.results import Result, SplitInfo
 from moecl.run_folder import RunFolder
 from moecl.store import Store, TaskRecord
@@ -96,7 +99,8 @@ class Session:
         self.tokenizer = backbone.tokenizer
         self.model, self.method = attach(backbone, self.config)
         self.store = self._checked(store)
-        self.prefixes = prefixes(self.model, self.config, self.store.manifest.base.sha256, watcher)
+        self.prefixes = prefixes(self.model, self.store.manifest.base.sha256, train.prefix_cache, watcher.note)
+        self.tokens = Derived("tokens", TOKEN_BYTES, watcher.note)
         for course in self.courses:
             self._encode(course)
         self.model.train()
@@ -139,13 +143,13 @@ class Session:
     def _encode(self, course: Course) -> None:
         engine = self.engine()
         if course.test is not None:
-            course.test = (course.test[0], prompts(engine, course.task, course.test[0]))
+            course.test = (course.test[0], prompts(engine, course.task, course.test[0], self.tokens))
         if course.data is None:
             return
         self.model.check_fits(course.task)
-        course.train = engine.encoder(course.task).encode(course.data.train.examples)
+        course.train = encode_split(engine.encoder(course.task), course.data.train, self.tokens)
         if course.data.validation is not None:
-            course.validation = prompts(engine, course.task, course.data.validation)
+            course.validation = prompts(engine, course.task, course.data.validation, self.tokens)
         rows = {"train": course.train, "validation": course.validation, "test": course.test[1] if course.test else []}
         before = self.progress.data.get(course.name, {})
         self.progress.data[course.name] = {
@@ -247,7 +251,7 @@ class Session:
         shutil.rmtree(self.folder.checkpoints / name, ignore_errors=True)
 
     def engine(self, bank: Mapping[str, Entry] | None = None) -> Engine:
-        return Engine(self.model, self.tokenizer, bank, self.config.train.eval_batch_tokens)
+        return Engine(self.model, self.tokenizer, bank, self.config.train.eval_batch_tokens, self.prefixes)
 
     def _validate(self, course: Course) -> float:
         assert course.data is not None
@@ -378,14 +382,6 @@ def attach_method(model: MoECL, config: StreamConfig) -> Method:
     method = make_method(config.method, model.geometry, config.train.seed)
     method.state.to(model.device)
     return method
-
-
-def prefixes(model: MoECL, config: StreamConfig, base_sha256: str, watcher: Watcher) -> Prefixes | None:
-    """None where they are not wanted, or where the base has none."""
-    most = config.train.prefix_cache
-    if not most or not model.injected.takes_prefix():
-        return None
-    return Prefixes(model, base_sha256, int(most * 1e9), watcher.note)
 
 
 def resolve(config: StreamConfig, watcher: Watcher) -> StreamConfig:

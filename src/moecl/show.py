@@ -124,8 +124,8 @@ def show_check(console: Console, found: Sequence[Mapping[str, Any]], cost: Mappi
 
 def show_prefix(prefix: Mapping[str, Any]) -> str:
     return (
-        f"{size(prefix['bytes'])} of cache, filled in {duration(prefix['filling_seconds'])}, spare each forward "
-        f"{prefix['share']:.0%} of its layers and training {duration(prefix['spared_seconds'])}"
+        f"{size(prefix['bytes'])} of cache: {prefix['share']:.0%} of the layers run once a text, "
+        f"{duration(prefix['filling_seconds'])}; spares {duration(prefix['spared_seconds'])}"
     )
 
 

@@ -29,6 +29,7 @@ from moecl.model import MoECL
 from moecl.prefix import Prefixes
 
 DIGESTS = "sha256.json"
+FUSED = ("cpu", "cuda", "mps")  # where torch has AdamW in one kernel
 STATE, BEST, PASSES = "state.safetensors", "best.safetensors", "passes.json"
 
 
@@ -195,17 +196,15 @@ class TaskTrainer(Trainer):
                 for name, group in self.learner.method.groups().items()
                 if group
             ]
-            self.optimizer = torch.optim.AdamW(groups, weight_decay=self.settings.weight_decay)
+            fused = self.learner.model.device.type in FUSED  # hundreds of small tensors, in a third of the time
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=self.settings.weight_decay, fused=fused)
         return self.optimizer
 
     @torch.no_grad()
     def check(self) -> None:
-        """No step comes after the last one to find out that it ruined the state."""
-        batch = self.feed[len(self.feed) - 1]
-        device = self.learner.model.device
-        loss = self.learner.eval()(**{name: tensor.to(device) for name, tensor in batch.items()})["loss"]
-        self.learner.train()
-        if not torch.isfinite(loss):
+        """No step comes after the last one to find out that it ruined the state: its squares must not overflow."""
+        trained = [p for group in self.learner.method.groups().values() for p in group]
+        if not torch.isfinite(nn.utils.get_total_norm(trained)):
             raise diverged(self.learner.task, self.state.global_step, "after it")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
