@@ -104,7 +104,13 @@ def test_check():
         "evaluation_seconds": 45,
         "peak_bytes": 1.3e9,
         "task_bytes": 4.9e6,
-        "prefix": {"bytes": 69e6, "share": 0.8, "filling_seconds": 20, "spared_seconds": 40},
+        "prefix": {
+            "bytes": 69e6,
+            "share": 0.8,
+            "filling_seconds": 20,
+            "training_seconds": 30,
+            "evaluation_seconds": 10,
+        },
         "how": "measured",
     }
     lines = shown(show_check, [task, other, {**task, "kind": "generation", "labels": None}], cost)

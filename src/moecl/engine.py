@@ -147,6 +147,10 @@ class Engine:
                 answers |= zip(chosen, found, strict=True)
         return [answers[place] for place in range(len(requests))]
 
+    def reads_once(self, task: Task) -> bool:
+        """Whether an answer takes one forward."""
+        return task.kind == "classification" and (task.head == "classifier" or self.encoder(task).single_tokens)
+
     def _reading(self, request: Request) -> tuple[str | int, ...]:
         """How a row's answer is read; rows with a head of their own, or with as many paths, are batched together."""
         task = request.entry.task
@@ -154,7 +158,7 @@ class Engine:
             return ("text",)
         if request.entry.parts.head is not None:
             return ("head", task.name)
-        if all(len(tokens) == 1 for tokens in request.encoder.answers):
+        if request.encoder.single_tokens:
             return ("word",)
         return "words", len(self.trie(request.encoder).paths)
 

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 from weakref import WeakSet
 
@@ -87,8 +86,9 @@ def estimate(
     model.bank = {first.name: Entry(first.task, method.begin(first.task))}
     trained = sum(p.numel() for group in method.groups().values() for p in group)
     batch = scratch_batch(first.train, config, Engine(model).pad_id, model.device)
-    spared = prefix_savings(model, config, courses)
-    if spared is not None:
+    prefix = prefix_savings(model, config, courses, answering)
+    filling, spared = (0.0, 0.0) if prefix is None else (prefix["filling_seconds"], prefix["evaluation_seconds"])
+    if prefix is not None:
         batch["prefix"] = torch.zeros(
             *batch["input_ids"].shape, model.geometry.hidden_size, dtype=model.base.dtype, device=model.device
         )
@@ -108,44 +108,60 @@ def estimate(
         "learned": own * (len(courses) - 1),
         "activations": kept * largest // tokens,
     }
+    answers = sum(
+        seconds * (len(one.validation) * passes(config) + rows_tested(config, place, one))
+        for place, (seconds, one) in enumerate(zip(answering, courses, strict=True))
+    )
     return {
-        "training_seconds": step / tokens * sum(total for total, _ in plans) + (spared or {}).get("filling_seconds", 0),
-        "evaluation_seconds": sum(
-            seconds * (len(one.validation) * passes(config) + rows_tested(config, place, one))
-            for place, (seconds, one) in enumerate(zip(answering, courses, strict=True))
-        ),
+        "training_seconds": step / tokens * sum(total for total, _ in plans) + filling,
+        "evaluation_seconds": answers - spared,
         "memory_bytes": memory,
         "peak_bytes": sum(memory.values()),
         "task_bytes": own,
-        "prefix": spared,
+        "prefix": prefix,
         "how": f"from a scratch step of {tokens} tokens and a few answers on {config.train.device} in "
         f"{config.train.precision}, +-50 %",
     }
 
 
-def prefix_savings(model: MoECL, config: StreamConfig, courses: Sequence[Course]) -> dict[str, Any] | None:
-    """What the frozen prefix's cache takes and spares in training; None where there is none.
+def prefix_savings(
+    model: MoECL, config: StreamConfig, courses: Sequence[Course], answering: Sequence[float]
+) -> dict[str, Any] | None:
+    """What the frozen prefix's cache takes and spares; None where there is none. `answering`: seconds a row, by course.
 
-    `share` of the layers that it spares each forward; `filling_seconds` once for all runs with this base and these
-    texts, `spared_seconds` in each epoch's stead.
+    `share` of its layers that a forward is spared; `filling_seconds` of training, once for all runs with this base and
+    these texts; `training_seconds` and `evaluation_seconds` that a run is spared then.
     """
     if not config.train.prefix_cache or not model.injected.takes_prefix():
         return None
-    texts = {tuple(row.input_ids + row.answer_ids) for course in courses for row in course.train}
-    tokens = sum(map(len, texts))
-    few = [list(text) for text in islice(texts, SCRATCH_ANSWERS)]
-    prefixes = Prefixes(model, "", 0, lambda message: None)  # keeps nothing
+    trained = [row.input_ids + row.answer_ids for course in courses for row in course.train]
+    read, spared = [], 0.0
+    share = model.injected.below / model.geometry.num_layers
+    for place, (course, seconds) in enumerate(zip(courses, answering, strict=True)):
+        if Engine(model).reads_once(course.task):
+            tested = course.test[1] if course.test else []
+            for rows, times in ((course.validation, passes(config)), (tested, cells_tested(config, place))):
+                read += [row.input_ids for row in rows if times]
+                spared += share * seconds * len(rows) * max(times - 1, 0)
+    filling = prefix_seconds(model, trained)
+    return {
+        "bytes": sum(map(len, {tuple(ids) for ids in trained + read}))
+        * model.geometry.hidden_size
+        * model.base.dtype.itemsize,
+        "share": share,
+        "filling_seconds": filling,
+        "training_seconds": filling * (config.train.epochs - 1),
+        "evaluation_seconds": spared,
+    }
+
+
+def prefix_seconds(model: MoECL, texts: Sequence[list[int]]) -> float:
+    """Seconds that the prefix takes for all texts, each once."""
+    few, prefixes = texts[:SCRATCH_ANSWERS], Prefixes(model, "", 0, lambda message: None)  # keeps nothing
     prefixes.batch(few[:1])  # the first one sets things up
     begun = time.monotonic()
     prefixes.batch(few)
-    seconds = (time.monotonic() - begun) / sum(map(len, few)) * tokens
-    width = model.geometry.hidden_size * model.base.dtype.itemsize
-    return {
-        "bytes": tokens * width,
-        "share": model.injected.below / model.geometry.num_layers,
-        "filling_seconds": seconds,
-        "spared_seconds": seconds * (config.train.epochs - 1),
-    }
+    return (time.monotonic() - begun) / sum(map(len, few)) * sum(map(len, texts))
 
 
 def passes(config: StreamConfig) -> int:
@@ -154,8 +170,11 @@ def passes(config: StreamConfig) -> int:
 
 def rows_tested(config: StreamConfig, place: int, course: Course) -> int:
     """Test rows of task `place` over all rows of R."""
-    cells = sum(asked_for(config, number, place) for number in range(len(config.tasks) + 1))
-    return cells * len(course.test[1]) if course.test else 0
+    return cells_tested(config, place) * len(course.test[1]) if course.test else 0
+
+
+def cells_tested(config: StreamConfig, place: int) -> int:
+    return sum(asked_for(config, number, place) for number in range(len(config.tasks) + 1))
 
 
 def padded(rows: Sequence[Encoded], config: StreamConfig) -> tuple[int, int]:

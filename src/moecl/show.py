@@ -123,9 +123,10 @@ def show_check(console: Console, found: Sequence[Mapping[str, Any]], cost: Mappi
 
 
 def show_prefix(prefix: Mapping[str, Any]) -> str:
+    spared = prefix["training_seconds"] + prefix["evaluation_seconds"]
     return (
         f"{size(prefix['bytes'])} of cache: {prefix['share']:.0%} of the layers run once a text, "
-        f"{duration(prefix['filling_seconds'])}; spares {duration(prefix['spared_seconds'])}"
+        f"{duration(prefix['filling_seconds'])}; spares {duration(spared)}"
     )
 
 
