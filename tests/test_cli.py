@@ -415,7 +415,10 @@ def test_what_the_cache_has_of_users_texts(moecl, tmp_path, monkeypatch):
     ]
     assert "derive from your texts" in moecl("cache", "clear", "--help").out
     moecl("cache", "clear", "vader4")
-    assert path.exists()
+    wrong = moecl("cache", "clear", "prefix", "prefx")
+    assert wrong.status == 2
+    assert "'prefx' (did you mean 'prefix'?)" in wrong.err
+    assert path.exists(), "nothing is removed before all names are known"
     for words in (["prefix"], []):
         kept.put("ab", {"hidden_states": torch.zeros(100)})
         assert moecl("cache", "clear", *words).status == 0

@@ -16,7 +16,7 @@ from tiny_tasks import labelled, stir, task
 
 
 def stored(folder: Path, tmp_path: Path, **settings) -> tuple[MoECL, Path]:
-    model = MoECL.attach(str(folder), MoECLConfig(rank=4, **settings))
+    model = MoECL.attach(str(folder), MoECLConfig(rank=4, **settings), precision="fp32")
     for seed, name in enumerate("ab"):
         model.add_task(task(name))
         stir(model, seed)

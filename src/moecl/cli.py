@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from typer.main import get_command
 
-from moecl.errors import ConfigError, RunError, near
+from moecl.errors import AssetError, ConfigError, RunError, near
 from moecl.terminal import Command, CommandWithKeys, explain, quietly
 
 if TYPE_CHECKING:
@@ -374,7 +374,10 @@ def cache_clear(
     from moecl.data import derived
     from moecl.data.assets import ASSETS, cache_dir, clear
 
-    wanted = names or [*ASSETS, *derived.KINDS]
+    known = [*ASSETS, *derived.KINDS]
+    if unknown := [name for name in names or () if name not in known]:
+        raise AssetError(f"no asset {unknown[0]!r}{near(unknown[0], known)}; there are: {', '.join(known)}")
+    wanted = names or known
     clear([name for name in wanted if name not in derived.KINDS])
     for kind in derived.KINDS:
         if kind in wanted:

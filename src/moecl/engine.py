@@ -79,8 +79,15 @@ class Engine:
         self.bank = model.bank if bank is None else bank
         self.batch_tokens = batch_tokens or BATCH_TOKENS
         self.prefixes = prefixes  # for answers of one forward; a KV cache needs every layer
+        self.longest: dict[tuple[str, str], int] = {}  # tokens of a split's longest answer, which evaluation asks for
         self._encoders: dict[str, Encoder] = {}
         self._tries: dict[Encoder, Trie] = {}
+
+    def over(self, bank: Mapping[str, Entry]) -> "Engine":
+        """This engine over another bank; what it has encoded of tasks is shared."""
+        other = copy.copy(self)
+        other.bank = bank
+        return other
 
     def encoder(self, task: Task) -> Encoder:
         key = task.model_dump_json()

@@ -53,5 +53,8 @@ def longest_answer(engine: Engine, task: Task, split: Split) -> int:
     """Tokens a generated answer may have: those of the longest reference and a few."""
     if task.kind == "classification":
         return 1
-    lengths = engine.tokenizer(references(task, split), add_special_tokens=False, verbose=False)["input_ids"]
-    return max(map(len, lengths)) + SPARE_TOKENS
+    key = (task.name, split.sha256)
+    if key not in engine.longest:
+        lengths = engine.tokenizer(references(task, split), add_special_tokens=False, verbose=False)["input_ids"]
+        engine.longest[key] = max(map(len, lengths)) + SPARE_TOKENS
+    return engine.longest[key]

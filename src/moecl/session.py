@@ -100,6 +100,7 @@ class Session:
         self.model, self.method = attach(backbone, self.config)
         self.store = self._checked(store)
         self.prefixes = prefixes(self.model, self.store.manifest.base.sha256, train.prefix_cache, watcher.note)
+        self._engine = Engine(self.model, self.tokenizer, None, train.eval_batch_tokens, self.prefixes)
         self.tokens = Derived("tokens", TOKEN_BYTES, watcher.note)
         for course in self.courses:
             self._encode(course)
@@ -251,7 +252,7 @@ class Session:
         shutil.rmtree(self.folder.checkpoints / name, ignore_errors=True)
 
     def engine(self, bank: Mapping[str, Entry] | None = None) -> Engine:
-        return Engine(self.model, self.tokenizer, bank, self.config.train.eval_batch_tokens, self.prefixes)
+        return self._engine.over(self.model.bank if bank is None else bank)
 
     def _validate(self, course: Course) -> float:
         assert course.data is not None
