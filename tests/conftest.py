@@ -9,6 +9,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory) -> str | None:
+    """What a run keeps of its texts stays out of the user's cache."""
+    before = os.environ.get("MOECL_CACHE")
+    os.environ["MOECL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return before
+
+
+@pytest.fixture(autouse=True)
+def _real_assets(request, monkeypatch, _own_cache):
+    """But the assets that slow tests need are there."""
+    if request.node.get_closest_marker("slow"):
+        monkeypatch.setenv("MOECL_CACHE", _own_cache) if _own_cache else monkeypatch.delenv("MOECL_CACHE")
+
+
 @pytest.fixture
 def tiny_llama():
     """A two-layer random Llama of the test's own: frozen, eval mode, vocabulary `tiny.VOCAB`."""

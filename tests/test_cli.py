@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from command_lines import all_commands, calls, command, parse
 from moecl import cli, terminal, watch
 from moecl.cli import main
 from moecl.config import load_stream
+from moecl.data.derived import Derived
 from moecl.run_folder import RunFolder
 from tiny_stream import task, write_rows, write_stream
 
@@ -399,6 +401,28 @@ def test_the_cache(moecl, tmp_path, monkeypatch):
     assert moecl("cache", "list") == Done(0, "", f"nothing in {tmp_path}; `moecl fetch` fills it\n")
     assert moecl("cache", "list", "--json").out == "[]\n"
     assert moecl("cache", "clear", "vader4").err == f"cleared vader4 in {tmp_path}\n"
+
+
+def test_what_the_cache_has_of_users_texts(moecl, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOECL_CACHE", str(tmp_path))
+    kept = Derived("prefix", 10**6, print)
+    kept.put("ab", {"hidden_states": torch.zeros(100)})
+    [path] = tmp_path.rglob("*.safetensors")
+    said = moecl("cache", "list").out.split()
+    assert said == ["prefix", str(path.stat().st_size), "B", "1", "entries", str(tmp_path / "prefix")]
+    assert json.loads(moecl("cache", "list", "--json").out) == [
+        {"name": "prefix", "path": str(tmp_path / "prefix"), "bytes": path.stat().st_size}
+    ]
+    assert "derive from your texts" in moecl("cache", "clear", "--help").out
+    moecl("cache", "clear", "vader4")
+    wrong = moecl("cache", "clear", "prefix", "prefx")
+    assert wrong.status == 2
+    assert "'prefx' (did you mean 'prefix'?)" in wrong.err
+    assert path.exists(), "nothing is removed before all names are known"
+    for words in (["prefix"], []):
+        kept.put("ab", {"hidden_states": torch.zeros(100)})
+        assert moecl("cache", "clear", *words).status == 0
+        assert not (tmp_path / "prefix").exists()
 
 
 def test_methods(moecl):

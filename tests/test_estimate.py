@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moecl.config import StreamConfig, load_stream
+from moecl.data import derived
 from moecl.data.encode import Encoded
 from moecl.data.task import load_task_data
 from moecl.estimate import COPIES, kept_bytes, padded, passes, rows_tested, scratch_batch, survey
@@ -92,12 +93,10 @@ VARIANTS = {
 }
 
 
-SETTINGS = ["train.epochs=1", "train.precision=fp32"]
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_survey_counts_what_a_run_then_takes(variant, tiny_folder, tmp_path):
-    config = load_stream(write_stream(tmp_path / "data", tiny_folder, rows=16, **VARIANTS[variant]), SETTINGS)
+    path = write_stream(tmp_path / "data", tiny_folder, rows=16, **VARIANTS[variant])
+    config = load_stream(path, ["train.epochs=1", "train.precision=fp32"])
     before = sorted(tmp_path.rglob("*"))
     found = survey(config, Watcher())
     assert sorted(tmp_path.rglob("*")) == before
@@ -115,6 +114,23 @@ def test_survey_counts_what_a_run_then_takes(variant, tiny_folder, tmp_path):
     assert cost["peak_bytes"] == sum(memory.values())
     assert cost["training_seconds"] > 0
     assert cost["evaluation_seconds"] > 0
+
+
+def test_survey_tells_what_the_prefix_cache_takes(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOECL_CACHE", str(tmp_path / "cache"))
+    path = write_stream(tmp_path / "data", tiny_folder, rows=16, method={"name": "moe-cl", "rank": 2})
+    words = [f"tasks.task{n}.labels={{good: s, bad: t}}" for n in range(2)]  # of a token: one forward answers
+    config = load_stream(path, [*words, "method.adapt_layers=1", "evaluate=seen"])
+    found = survey(config, Watcher())["estimate"]["prefix"]
+    assert not (tmp_path / "cache" / "prefix").exists()
+    assert found["share"] == 0.5
+    assert found["training_seconds"] == found["filling_seconds"] > 0, "of two epochs one is spared"
+    assert found["evaluation_seconds"] > 0
+    ContinualTrainer(config, tmp_path / "run").run()
+    _, entries, taken = derived.taken("prefix")
+    assert found["bytes"] < taken < found["bytes"] + 300 * entries, "the tensors, and a header each"
+    for setting in ("train.prefix_cache=0", "method.adapt_layers=all"):
+        assert survey(load_stream(path, ["method.adapt_layers=1", setting]), Watcher())["estimate"]["prefix"] is None
 
 
 def test_survey_tells_a_heads_labels_as_training_sees_them(tiny_folder, tmp_path):

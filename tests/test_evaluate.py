@@ -76,7 +76,10 @@ def test_a_written_answer(engine, split, monkeypatch, metric, expected):
     assert score.per_class_recall == {}
     longest = len(engine.tokenizer("one two three")["input_ids"])
     assert allowed == [longest + SPARE_TOKENS]
-    assert longest_answer(engine, task, rows) == longest + SPARE_TOKENS
+    again = engine.over({})
+    again.tokenizer = None  # is not asked again, whatever the bank
+    assert longest_answer(again, task, rows) == longest + SPARE_TOKENS
+    assert again.encoder(task) is engine.encoder(task)
 
 
 def test_every_metric_can_be_computed():

@@ -20,7 +20,7 @@ MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items() 
 
 BOTTOM = {"errors", "config", "metrics", "results", "review", "run_folder", "_atomic", "_explain", "_raw", "_yaml"}
 STORE = {"store", "_manifest"}
-TRAIN = {"train", "session", "task_trainer"}
+TRAIN = {"train", "session", "task_trainer", "feed"}
 TOP = {"server", "cli", "show", "watch", "terminal", "using", "estimate", "__main__"}
 
 
@@ -43,10 +43,11 @@ ALLOWED = {
     "backbone": {"nn", "data"},
     "bank": {"nn", "data", "store"},
     "model": {"nn", "data", "store", "backbone", "bank"},
-    "engine": {"nn", "data", "store", "bank", "model"},
+    "prefix": {"nn", "data", "store", "backbone", "bank", "model"},
+    "engine": {"nn", "data", "store", "bank", "model", "prefix"},
     "router": {"nn", "data", "store", "bank", "model"},
     "evaluate": {"data", "engine"},
-    "train": {"methods", "data", "store", "backbone", "bank", "model", "engine", "evaluate"},
+    "train": {"methods", "data", "store", "backbone", "bank", "model", "prefix", "engine", "evaluate"},
     "bench": {"train", "data", "methods"},
     "report": set(),
 }

@@ -18,6 +18,8 @@ import pytest
 import torch
 
 from moecl.config import StreamConfig, TaskConfig, load_stream
+from moecl.data import derived
+from moecl.data.derived import Derived
 from moecl.results import Result
 from moecl.store import Store
 from moecl.train import ContinualTrainer
@@ -167,6 +169,47 @@ def until_call(number: int, work: Callable[..., Result], *arguments: Any) -> Res
 
     os.replace = replace
     return work(*arguments)
+
+
+def until_entry(number: int, *arguments: Any) -> Result:
+    """Train in a process that is killed when its `number`-th text is about to take its place in the prefix cache."""
+    left = number
+    real = Derived.put
+
+    def put(self: Derived, key: str, tensors: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os.replace = lambda *paths, **options: os.kill(os.getpid(), signal.SIGKILL)
+        real(self, key, tensors)
+
+    Derived.put = put  # type: ignore[method-assign]
+    return train(*arguments)
+
+
+def test_killed_while_the_prefix_cache_is_filled(tmp_path, tiny_folder):
+    """Also where what it had kept is then damaged, or removed, in part or all."""
+    method = {"name": "moe-cl", "rank": 2, "adapt_layers": 1}
+    path = write_stream(tmp_path / "stream", tiny_folder, rows=16, method=method, train={"precision": "fp32"})
+    config = load_stream(path)
+    derived.clear("prefix")
+    expected = train(config, tmp_path / "unkilled")
+    folder, texts, _ = derived.taken("prefix")
+    assert texts >= 16 + 16
+    for number, damage in {0: "none", 5: "none", 20: "altered", 30: "half removed"}.items():
+        derived.clear("prefix")
+        run = tmp_path / f"run{number}"
+        process = start(until_entry, number, config, run)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        kept = sorted(folder.glob("*/*.safetensors"))
+        assert len(kept) == number
+        for place, entry in enumerate(kept):
+            if damage == "altered":
+                entry.write_bytes(entry.read_bytes()[: -1 - place])
+            elif damage == "half removed" and place % 2:
+                entry.unlink()
+        same(train(config, run), expected, run)
 
 
 @pytest.mark.slow

@@ -104,6 +104,13 @@ def test_check():
         "evaluation_seconds": 45,
         "peak_bytes": 1.3e9,
         "task_bytes": 4.9e6,
+        "prefix": {
+            "bytes": 69e6,
+            "share": 0.8,
+            "filling_seconds": 20,
+            "training_seconds": 30,
+            "evaluation_seconds": 10,
+        },
         "how": "measured",
     }
     lines = shown(show_check, [task, other, {**task, "kind": "generation", "labels": None}], cost)
@@ -113,9 +120,10 @@ def test_check():
     assert lines[4] == "u (classification: 77 labels)"
     assert lines[6].endswith("77 labels, 0 to 76 rows each")
     assert "t (generation)" in lines
-    assert lines[-4:] == [
+    assert lines[-5:] == [
         "time    1 min 15 s: 30 s training, 45 s testing",
         "memory  1.3 GB",
         "disk    4.9 MB a task",
+        "prefix  69 MB of cache: 80% of the layers run once a text, 20 s; spares 40 s",
         "(measured)",
     ]

@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -198,6 +199,13 @@ def test_stopped_at_any_step_it_ends_the_same(tmp_path, method, train, steps):
         found = resumed.learn(tmp_path / f"{step}", score)
         assert same(resumed.state(), unstopped.state())
         assert (found.steps, found.best_step, found.curve) == (expected.steps, expected.best_step, expected.curve)
+
+
+def test_no_thread_outlives_a_training(tmp_path):
+    Trial().learn(tmp_path / "done")
+    with pytest.raises(StopError):
+        Trial().learn(tmp_path / "stopped", stop_at=2)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("feed")]
 
 
 def test_from_its_last_checkpoint_nothing_is_left_to_do(tmp_path):

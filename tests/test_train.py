@@ -12,6 +12,8 @@ import yaml
 
 from moecl import session as session_module
 from moecl.config import StreamConfig, load_stream
+from moecl.data.encode import Encoder
+from moecl.engine import Engine
 from moecl.model import MoECL
 from moecl.results import Result
 from moecl.session import Session
@@ -92,6 +94,46 @@ def test_what_a_result_tells(finished):
     assert result.environment["precision"] == config.train.precision.replace("auto", result.environment["precision"])
     assert result.environment["base"]["sha256"] == store.manifest.base.sha256
     assert Result.load(folder / "run" / "result.json") == result
+
+
+def test_the_next_run_tokenises_no_row(finished, tmp_path, monkeypatch):
+    config, _, result, _ = finished
+    calls = []
+    real = Encoder._tokenise
+    monkeypatch.setattr(Encoder, "_tokenise", lambda self, *a: calls.append(len(a[0])) or real(self, *a))
+    again = config.model_copy(update={"train": config.train.model_copy(update={"seed": 3, "epochs": 1})})
+    assert learn(again, tmp_path / "run").data == result.data
+    assert calls == []
+
+
+@pytest.mark.parametrize(("evaluate", "cells"), [("all", [3, 3, 3, 3]), ("seen", [0, 1, 2, 3]), ("next", [3, 2, 3, 3])])
+def test_only_cells_that_are_asked_for_are_run(tmp_path, tiny_folder, monkeypatch, evaluate, cells):
+    """Counted in rows that the engine answers, and in forwards that take a gradient: one a step, and none besides."""
+    answered, rows = [], []
+    forwards = {True: 0, False: 0}
+    real_answer, real_forward = Engine.answer, MoECL.forward
+
+    def answer(self, requests, *arguments):
+        answered.append(len(requests))
+        return real_answer(self, requests, *arguments)
+
+    def forward(self, *arguments, **options):
+        forwards[torch.is_grad_enabled()] += 1
+        return real_forward(self, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "answer", answer)
+    monkeypatch.setattr(MoECL, "forward", forward)
+
+    class Rows(Recorder):
+        def row(self, after, tasks, scores):
+            rows.append(sum(answered))
+            answered.clear()
+
+    train = {**QUICK, "evals_per_epoch": 0}
+    config = stream(tmp_path / "s", tiny_folder, tasks=3, evaluate=evaluate, train=train)
+    learn(config, tmp_path / "run", Rows(tmp_path / "run"))
+    assert rows == [12 * count for count in cells]
+    assert forwards == {True: 3 * 3, False: 0}
 
 
 def test_what_a_run_leaves_behind(finished):

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from typer.main import get_command
 
-from moecl.errors import ConfigError, RunError, near
+from moecl.errors import AssetError, ConfigError, RunError, near
 from moecl.terminal import Command, CommandWithKeys, explain, quietly
 
 if TYPE_CHECKING:
@@ -342,28 +342,46 @@ def fetch(
 
 @cache_app.command("list", cls=Command, epilog="moecl cache list")
 def cache_list(as_json: AsJson = False) -> None:
-    """List what is in the cache."""
+    """List what is in the cache.
+
+    Beside assets: `tokens` and `prefix`, your texts as tokens and as what a base's frozen lower layers give for them.
+    """
+    from moecl.data import derived
     from moecl.data.assets import cache_dir, cached
     from moecl.show import size
 
-    found = cached()
+    found = [(it.name, it.path, it.bytes, f"{it.when.astimezone():%Y-%m-%d %H:%M}") for it in cached()]
+    for kind in derived.KINDS:
+        path, entries, taken = derived.taken(kind)
+        found += [(kind, path, taken, f"{entries} entries")] if entries else []
     if as_json:
-        print(json.dumps([{"name": it.name, "path": str(it.path), "bytes": it.bytes} for it in found]))
+        print(json.dumps([{"name": name, "path": str(path), "bytes": taken} for name, path, taken, _ in found]))
         return
-    for asset in found:
-        print(f"{asset.name}  {size(asset.bytes)}  {asset.when.astimezone():%Y-%m-%d %H:%M}  {asset.path}")
+    for name, path, taken, more in found:
+        print(f"{name}  {size(taken)}  {more}  {path}")
     if not found:
         err.print(f"nothing in {cache_dir()}; `moecl fetch` fills it", highlight=False, soft_wrap=True)
 
 
-@cache_app.command("clear", cls=Command, epilog="moecl cache clear\nmoecl cache clear vader4")
+@cache_app.command("clear", cls=Command, epilog="moecl cache clear\nmoecl cache clear prefix")
 def cache_clear(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these assets.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Only these.")] = None,
 ) -> None:
-    """Remove fetched assets; they are fetched again when needed."""
-    from moecl.data.assets import cache_dir, clear
+    """Remove what is in the cache; it is fetched or computed again when needed.
 
-    clear(names or None)
+    `tokens` and `prefix` derive from your texts: clear them where these must not stay on this machine.
+    """
+    from moecl.data import derived
+    from moecl.data.assets import ASSETS, cache_dir, clear
+
+    known = [*ASSETS, *derived.KINDS]
+    if unknown := [name for name in names or () if name not in known]:
+        raise AssetError(f"no asset {unknown[0]!r}{near(unknown[0], known)}; there are: {', '.join(known)}")
+    wanted = names or known
+    clear([name for name in wanted if name not in derived.KINDS])
+    for kind in derived.KINDS:
+        if kind in wanted:
+            derived.clear(kind)
     err.print(f"cleared {', '.join(names) if names else 'all'} in {cache_dir()}", highlight=False, soft_wrap=True)
 
 

@@ -248,6 +248,12 @@ class TrainConfig(_Settings):
         ge=1,
         description="tokens, padding included, in an evaluation batch; null: resolved at the first start",
     )
+    prefix_cache: float = Field(
+        default=10.0,
+        ge=0,
+        description="gigabytes of disk for what the layers below the adapted ones give (method.adapt_layers), which is "
+        "then computed once a text: tokens x width x 4 bytes each, 2 in bf16; the oldest-used go first; 0: not kept",
+    )
     save_steps: int = Field(default=50, ge=1, description="optimizer steps between checkpoints")
     report_to: list[str] = Field(
         default_factory=lambda: ["tensorboard"], description="trackers that transformers.Trainer reports to; []: none"

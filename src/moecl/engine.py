@@ -20,6 +20,7 @@ from moecl.data.task import Example, example
 from moecl.errors import BaseError, TaskError
 from moecl.model import MoECL, TaskNames
 from moecl.nn.moe_ffn import Call, run_with
+from moecl.prefix import Prefixes
 
 __all__ = ["Engine", "Entry", "Prediction", "Request"]
 
@@ -69,6 +70,7 @@ class Engine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         bank: Mapping[str, Entry] | None = None,
         batch_tokens: int | None = None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         found = tokenizer or model.tokenizer
         if found is None:
@@ -76,8 +78,16 @@ class Engine:
         self.model, self.tokenizer = model, found
         self.bank = model.bank if bank is None else bank
         self.batch_tokens = batch_tokens or BATCH_TOKENS
+        self.prefixes = prefixes  # for answers of one forward; a KV cache needs every layer
+        self.longest: dict[tuple[str, str], int] = {}  # tokens of a split's longest answer, which evaluation asks for
         self._encoders: dict[str, Encoder] = {}
         self._tries: dict[Encoder, Trie] = {}
+
+    def over(self, bank: Mapping[str, Entry]) -> "Engine":
+        """This engine over another bank; what it has encoded of tasks is shared."""
+        other = copy.copy(self)
+        other.bank = bank
+        return other
 
     def encoder(self, task: Task) -> Encoder:
         key = task.model_dump_json()
@@ -92,8 +102,10 @@ class Engine:
 
     def prompts(self, task: Task, examples: Sequence[Example], max_new_tokens: int = MAX_NEW_TOKENS) -> list[Encoded]:
         """Rows without their answers; a text to be written keeps room, a quarter of `max_length` at most."""
-        encoder = self.encoder(task)
-        return encoder.encode(examples, answers=False, reserve=min(max_new_tokens, encoder.max_length // 4))
+        return self.encoder(task).encode(examples, answers=False, reserve=self.reserve(task, max_new_tokens))
+
+    def reserve(self, task: Task, max_new_tokens: int) -> int:
+        return min(max_new_tokens, self.encoder(task).max_length // 4)
 
     def predict(
         self,
@@ -142,6 +154,10 @@ class Engine:
                 answers |= zip(chosen, found, strict=True)
         return [answers[place] for place in range(len(requests))]
 
+    def reads_once(self, task: Task) -> bool:
+        """Whether an answer takes one forward."""
+        return task.kind == "classification" and (task.head == "classifier" or self.encoder(task).single_tokens)
+
     def _reading(self, request: Request) -> tuple[str | int, ...]:
         """How a row's answer is read; rows with a head of their own, or with as many paths, are batched together."""
         task = request.entry.task
@@ -149,7 +165,7 @@ class Engine:
             return ("text",)
         if request.entry.parts.head is not None:
             return ("head", task.name)
-        if all(len(tokens) == 1 for tokens in request.encoder.answers):
+        if request.encoder.single_tokens:
             return ("word",)
         return "words", len(self.trie(request.encoder).paths)
 
@@ -165,7 +181,7 @@ class Engine:
 
     def _read_words(self, batch: Sequence[Request]) -> list[Prediction]:
         """Every label is one token: one forward, and the share of each label's token among the labels'."""
-        inputs, call = self._inputs(batch)
+        inputs, call = self._inputs(batch, one_forward=True)
         call.answers = last_only(inputs["input_ids"])
         with run_with(call):
             logits = self.model.base(**inputs, use_cache=False).logits.float()  # (B, V)
@@ -175,7 +191,7 @@ class Engine:
         ]
 
     def _read_head(self, batch: Sequence[Request]) -> list[Prediction]:
-        inputs, call = self._inputs(batch)
+        inputs, call = self._inputs(batch, one_forward=True)
         parts = call.parts[0]
         assert parts is not None
         assert parts.head is not None
@@ -245,11 +261,13 @@ class Engine:
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id or 0) if pad is None else int(pad)
 
-    def _inputs(self, batch: Sequence[Request]) -> tuple[dict[str, Tensor], Call]:
+    def _inputs(self, batch: Sequence[Request], one_forward: bool = False) -> tuple[dict[str, Tensor], Call]:
         """Left-padded ids, mask and positions, and the call that runs each row with its task's parts."""
         padded = collate([request.row for request in batch], self.pad_id, side="left", answers=False)
         ids, mask = padded["input_ids"].to(self.model.device), padded["attention_mask"].to(self.model.device)
         call = self.model.call([request.entry.task.name for request in batch], len(batch), self.bank)
+        if one_forward and self.prefixes is not None:
+            call.prefix = self.prefixes.batch([request.row.input_ids for request in batch], "left")
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, call
 

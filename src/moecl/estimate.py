@@ -20,12 +20,16 @@ from moecl.backbone import load_backbone
 from moecl.bank import Entry
 from moecl.config import StreamConfig
 from moecl.data.check import describe
+from moecl.data.derived import Derived
 from moecl.data.encode import Encoded, collate, plan_batches
 from moecl.data.task import TaskData, load_task_data
+from moecl.data.tokens import MOST_BYTES as TOKEN_BYTES
+from moecl.data.tokens import encode_split
 from moecl.engine import Engine
 from moecl.evaluate import evaluate_task, prompts
 from moecl.methods.base import Method
 from moecl.model import MoECL
+from moecl.prefix import Prefixes
 from moecl.session import Course, Watcher, asked_for, attach, attach_method, resolve
 from moecl.store import encode
 from moecl.task_trainer import Learner
@@ -36,7 +40,9 @@ COPIES = 5  # of a trained number: itself, its gradient, AdamW's two moments and
 
 
 def survey(config: StreamConfig, watcher: Watcher) -> dict[str, Any]:
-    """`tasks`: what `describe` says of each; `estimate`: what `estimate` does. Writes nothing. Raises as `train`."""
+    """`tasks`: what `describe` says of each; `estimate`: what `estimate` does. Writes nothing but
+    token ids to the cache. Raises as `train`.
+    """
     data = [load_task_data(task) for task in config.tasks]  # faults in data show before the base is loaded
     config = resolve(config, watcher)
     train = config.train
@@ -45,14 +51,15 @@ def survey(config: StreamConfig, watcher: Watcher) -> dict[str, Any]:
     backbone = load_backbone(config.base, train.precision, train.device, watcher.fetching)
     model, method = attach(backbone, config)
     engine = Engine(model, batch_tokens=train.eval_batch_tokens)
-    courses = [course(one, config, engine) for one in data]
+    tokens = Derived("tokens", TOKEN_BYTES, watcher.note)
+    courses = [course(one, config, engine, tokens) for one in data]
     found = [
         describe(replace(one, task=of.task), engine.encoder(of.task)) for one, of in zip(data, courses, strict=True)
     ]
     return {"tasks": found, "estimate": estimate(model, method, config, courses, process)}
 
 
-def course(data: TaskData, config: StreamConfig, engine: Engine) -> Course:
+def course(data: TaskData, config: StreamConfig, engine: Engine, tokens: Derived) -> Course:
     settled = {
         "head": data.task.head or config.head,
         "max_length": data.task.max_length or config.train.max_length,
@@ -61,9 +68,9 @@ def course(data: TaskData, config: StreamConfig, engine: Engine) -> Course:
     return Course(
         task,
         data,
-        engine.encoder(task).encode(data.train.examples),
-        [] if data.validation is None else prompts(engine, task, data.validation),
-        None if data.test is None else (data.test, prompts(engine, task, data.test)),
+        encode_split(engine.encoder(task), data.train, tokens),
+        [] if data.validation is None else prompts(engine, task, data.validation, tokens),
+        None if data.test is None else (data.test, prompts(engine, task, data.test, tokens)),
     )
 
 
@@ -79,6 +86,12 @@ def estimate(
     model.bank = {first.name: Entry(first.task, method.begin(first.task))}
     trained = sum(p.numel() for group in method.groups().values() for p in group)
     batch = scratch_batch(first.train, config, Engine(model).pad_id, model.device)
+    prefix = prefix_savings(model, config, courses, answering)
+    filling, spared = (0.0, 0.0) if prefix is None else (prefix["filling_seconds"], prefix["evaluation_seconds"])
+    if prefix is not None:
+        batch["prefix"] = torch.zeros(
+            *batch["input_ids"].shape, model.geometry.hidden_size, dtype=model.base.dtype, device=model.device
+        )
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     step, kept = scratch_step(Learner(model, method, first.task), batch)
@@ -95,18 +108,60 @@ def estimate(
         "learned": own * (len(courses) - 1),
         "activations": kept * largest // tokens,
     }
+    answers = sum(
+        seconds * (len(one.validation) * passes(config) + rows_tested(config, place, one))
+        for place, (seconds, one) in enumerate(zip(answering, courses, strict=True))
+    )
     return {
-        "training_seconds": step / tokens * sum(total for total, _ in plans),
-        "evaluation_seconds": sum(
-            seconds * (len(one.validation) * passes(config) + rows_tested(config, place, one))
-            for place, (seconds, one) in enumerate(zip(answering, courses, strict=True))
-        ),
+        "training_seconds": step / tokens * sum(total for total, _ in plans) + filling,
+        "evaluation_seconds": answers - spared,
         "memory_bytes": memory,
         "peak_bytes": sum(memory.values()),
         "task_bytes": own,
+        "prefix": prefix,
         "how": f"from a scratch step of {tokens} tokens and a few answers on {config.train.device} in "
         f"{config.train.precision}, +-50 %",
     }
+
+
+def prefix_savings(
+    model: MoECL, config: StreamConfig, courses: Sequence[Course], answering: Sequence[float]
+) -> dict[str, Any] | None:
+    """What the frozen prefix's cache takes and spares; None where there is none. `answering`: seconds a row, by course.
+
+    `share` of its layers that a forward is spared; `filling_seconds` of training, once for all runs with this base and
+    these texts; `training_seconds` and `evaluation_seconds` that a run is spared then.
+    """
+    if not config.train.prefix_cache or not model.injected.takes_prefix():
+        return None
+    trained = [row.input_ids + row.answer_ids for course in courses for row in course.train]
+    read, spared = [], 0.0
+    share = model.injected.below / model.geometry.num_layers
+    for place, (course, seconds) in enumerate(zip(courses, answering, strict=True)):
+        if Engine(model).reads_once(course.task):
+            tested = course.test[1] if course.test else []
+            for rows, times in ((course.validation, passes(config)), (tested, cells_tested(config, place))):
+                read += [row.input_ids for row in rows if times]
+                spared += share * seconds * len(rows) * max(times - 1, 0)
+    filling = prefix_seconds(model, trained)
+    return {
+        "bytes": sum(map(len, {tuple(ids) for ids in trained + read}))
+        * model.geometry.hidden_size
+        * model.base.dtype.itemsize,
+        "share": share,
+        "filling_seconds": filling,
+        "training_seconds": filling * (config.train.epochs - 1),
+        "evaluation_seconds": spared,
+    }
+
+
+def prefix_seconds(model: MoECL, texts: Sequence[list[int]]) -> float:
+    """Seconds that the prefix takes for all texts, each once."""
+    few, prefixes = texts[:SCRATCH_ANSWERS], Prefixes(model, "", 0, lambda message: None)  # keeps nothing
+    prefixes.batch(few[:1])  # the first one sets things up
+    begun = time.monotonic()
+    prefixes.batch(few)
+    return (time.monotonic() - begun) / sum(map(len, few)) * sum(map(len, texts))
 
 
 def passes(config: StreamConfig) -> int:
@@ -115,8 +170,11 @@ def passes(config: StreamConfig) -> int:
 
 def rows_tested(config: StreamConfig, place: int, course: Course) -> int:
     """Test rows of task `place` over all rows of R."""
-    cells = sum(asked_for(config, number, place) for number in range(len(config.tasks) + 1))
-    return cells * len(course.test[1]) if course.test else 0
+    return cells_tested(config, place) * len(course.test[1]) if course.test else 0
+
+
+def cells_tested(config: StreamConfig, place: int) -> int:
+    return sum(asked_for(config, number, place) for number in range(len(config.tasks) + 1))
 
 
 def padded(rows: Sequence[Encoded], config: StreamConfig) -> tuple[int, int]:

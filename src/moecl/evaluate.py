@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 from moecl import metrics
 from moecl.config import Task
+from moecl.data.derived import Derived
 from moecl.data.encode import Encoded
 from moecl.data.task import Split
+from moecl.data.tokens import encode_split
 from moecl.engine import Engine, Entry, Request
 
 SPARE_TOKENS = 8  # that an answer may be longer than the longest reference, before it is cut
@@ -22,9 +24,10 @@ class Score:
     per_class_recall: dict[str, float | None]
 
 
-def prompts(engine: Engine, task: Task, split: Split) -> list[Encoded]:
+def prompts(engine: Engine, task: Task, split: Split, kept: Derived | None = None) -> list[Encoded]:
     """A split's rows as `evaluate_task` takes them: without answers, with room for those that are written."""
-    return engine.prompts(task, split.examples, longest_answer(engine, task, split))
+    reserve = engine.reserve(task, longest_answer(engine, task, split))
+    return encode_split(engine.encoder(task), split, kept, answers=False, reserve=reserve)
 
 
 def evaluate_task(engine: Engine, entry: Entry, split: Split, rows: Sequence[Encoded]) -> Score:
@@ -50,5 +53,8 @@ def longest_answer(engine: Engine, task: Task, split: Split) -> int:
     """Tokens a generated answer may have: those of the longest reference and a few."""
     if task.kind == "classification":
         return 1
-    lengths = engine.tokenizer(references(task, split), add_special_tokens=False, verbose=False)["input_ids"]
-    return max(map(len, lengths)) + SPARE_TOKENS
+    key = (task.name, split.sha256)
+    if key not in engine.longest:
+        lengths = engine.tokenizer(references(task, split), add_special_tokens=False, verbose=False)["input_ids"]
+        engine.longest[key] = max(map(len, lengths)) + SPARE_TOKENS
+    return engine.longest[key]

@@ -165,9 +165,10 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         labels: Tensor | None = None,
         task: TaskNames = None,
         features: bool = False,
+        prefix: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """input_ids, attention_mask [B, T].
+        """input_ids, attention_mask [B, T]; prefix [B, T, D]: these texts' `Injected.prefix`, which is then not run.
 
         Without labels: the base's own output, with all logits. With labels [B, T] (-100 where no loss is wanted): a
         `MoECLOutput` whose logits are those of the answer tokens alone. For tasks with a classifier head, labels are
@@ -177,6 +178,7 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
         call = self.call(task, len(given), self.bank)
         call.dropout = self.config.dropout if self.training else 0.0
+        call.prefix = prefix
         adversary = self._adversary(task) if labels is not None else None
         if features or adversary is not None:
             call.features = {}
@@ -188,7 +190,7 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
             output = self._answer(call, inputs, labels)
         else:
             with run_with(call):
-                return self.base(**inputs)
+                return self.base(**inputs if prefix is None else {**inputs, "use_cache": False})
         if adversary is not None:
             self._steps += 1
             assert call.features is not None

@@ -15,14 +15,18 @@ from transformers import TrainerCallback
 from moecl.backbone import Backbone, load_backbone, resolve_device, resolve_precision
 from moecl.bank import Entry, check_same_base, fitting
 from moecl.config import MoECLConfig, StreamConfig, Task, TaskConfig
+from moecl.data.derived import Derived
 from moecl.data.encode import Encoded
 from moecl.data.task import Split, TaskData, load_task_data, overlaps, read_split
+from moecl.data.tokens import MOST_BYTES as TOKEN_BYTES
+from moecl.data.tokens import encode_split
 from moecl.engine import Engine
 from moecl.errors import ConfigError, DataError, RunError
 from moecl.evaluate import Score, evaluate_task, prompts
 from moecl.methods import make_method
 from moecl.methods.base import Method
 from moecl.model import MoECL
+from moecl.prefix import prefixes
 from moecl.results import Result, SplitInfo
 from moecl.run_folder import RunFolder
 from moecl.store import Store, TaskRecord
@@ -95,6 +99,9 @@ class Session:
         self.tokenizer = backbone.tokenizer
         self.model, self.method = attach(backbone, self.config)
         self.store = self._checked(store)
+        self.prefixes = prefixes(self.model, self.store.manifest.base.sha256, train.prefix_cache, watcher.note)
+        self._engine = Engine(self.model, self.tokenizer, None, train.eval_batch_tokens, self.prefixes)
+        self.tokens = Derived("tokens", TOKEN_BYTES, watcher.note)
         for course in self.courses:
             self._encode(course)
         self.model.train()
@@ -137,13 +144,13 @@ class Session:
     def _encode(self, course: Course) -> None:
         engine = self.engine()
         if course.test is not None:
-            course.test = (course.test[0], prompts(engine, course.task, course.test[0]))
+            course.test = (course.test[0], prompts(engine, course.task, course.test[0], self.tokens))
         if course.data is None:
             return
         self.model.check_fits(course.task)
-        course.train = engine.encoder(course.task).encode(course.data.train.examples)
+        course.train = encode_split(engine.encoder(course.task), course.data.train, self.tokens)
         if course.data.validation is not None:
-            course.validation = prompts(engine, course.task, course.data.validation)
+            course.validation = prompts(engine, course.task, course.data.validation, self.tokens)
         rows = {"train": course.train, "validation": course.validation, "test": course.test[1] if course.test else []}
         before = self.progress.data.get(course.name, {})
         self.progress.data[course.name] = {
@@ -223,6 +230,7 @@ class Session:
             self.config.train,
             self.folder.checkpoints / name,
             pad_id=self.engine().pad_id,
+            prefixes=self.prefixes,
             score=None if course.data.validation is None else lambda: self._validate(course),
             tell=lambda step, steps, figures: self.watcher.training(name, step, steps, figures),
             trackers=[make(self.folder, name) for make in self.trackers],
@@ -244,7 +252,7 @@ class Session:
         shutil.rmtree(self.folder.checkpoints / name, ignore_errors=True)
 
     def engine(self, bank: Mapping[str, Entry] | None = None) -> Engine:
-        return Engine(self.model, self.tokenizer, bank, self.config.train.eval_batch_tokens)
+        return self._engine.over(self.model.bank if bank is None else bank)
 
     def _validate(self, course: Course) -> float:
         assert course.data is not None

@@ -117,7 +117,17 @@ def show_check(console: Console, found: Sequence[Mapping[str, Any]], cost: Mappi
     say(console, f"time    {duration(training + testing)}: {duration(training)} training, {duration(testing)} testing")
     say(console, f"memory  {size(cost['peak_bytes'])}")
     say(console, f"disk    {size(cost['task_bytes'])} a task")
+    if (prefix := cost.get("prefix")) is not None:
+        say(console, f"prefix  {show_prefix(prefix)}")
     say(console, f"({cost['how']})")
+
+
+def show_prefix(prefix: Mapping[str, Any]) -> str:
+    spared = prefix["training_seconds"] + prefix["evaluation_seconds"]
+    return (
+        f"{size(prefix['bytes'])} of cache: {prefix['share']:.0%} of the layers run once a text, "
+        f"{duration(prefix['filling_seconds'])}; spares {duration(spared)}"
+    )
 
 
 def balance(labels: Mapping[str, int]) -> str:

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 from moecl.errors import BaseError
-from moecl.nn.inject import SUPPORTED, Injected
+from moecl.nn.inject import SUPPORTED, Injected, decoder_layers
 from moecl.nn.lora import Expert, Gate
 from moecl.nn.moe_ffn import Call, Gated, run_with
 from tiny import FAMILIES, HIDDEN, WIDE, parameters, random_parts, redraw, tiny_batch, tiny_model
@@ -108,6 +108,77 @@ def test_adapt_layers_leaves_the_first_layers_alone():
         ours = base(**batch, output_hidden_states=True).hidden_states
     assert [torch.equal(a, b) for a, b in zip(ours, bare, strict=True)] == [True, True, True, False]
     assert list(features) == [2]
+
+
+# --- the frozen prefix ---
+
+
+def below(base: nn.Module) -> list[nn.Module]:
+    return list(decoder_layers(base))[:-1]
+
+
+@pytest.mark.parametrize("layers", [3, 2])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_forward_above_its_prefix_is_the_whole_one(family, side, layers):
+    """At every real token, whichever side is padded; rows run alone, their paddings zeros."""
+    injected = Injected(tiny_model(family, layers=layers), 1)
+    assert injected.takes_prefix()
+    batch = tiny_batch(side=side)
+    mask = batch["attention_mask"]
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    parts = random_parts(injected.geometry)
+    runs = [0]
+    for layer in below(injected.base):
+        block = layer.fc1 if family == "opt" else layer.mlp
+        block.register_forward_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
+    prefix = torch.zeros(*mask.shape, HIDDEN)
+    for row, (ids, real) in enumerate(zip(batch["input_ids"], mask.bool(), strict=True)):
+        prefix[row, real] = injected.prefix(ids[real][None])[0]
+    assert runs[0] == 3 * (layers - 1), "and the layers above are not run"
+    logits = {}
+    for name, given in {"whole": None, "above": prefix}.items():
+        runs[0] = 0
+        with run_with(Call((parts,), prefix=given)):
+            logits[name] = injected.base(**batch, position_ids=positions, use_cache=False).logits[mask.bool()]
+        assert runs[0] == (layers - 1 if given is None else 0)
+    torch.testing.assert_close(logits["above"], logits["whole"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_detach_takes_the_prefix_out(family):
+    base = tiny_model(family, layers=3)
+    instance = [sorted(module.__dict__) for module in base.modules()]
+    bare = base(**tiny_batch()).logits
+    injected = Injected(base, 1)
+    injected.takes_prefix()
+    injected.checkpoint(True)
+    assert torch.equal(base(**tiny_batch()).logits, bare), "no call"
+    injected.detach()
+    assert [sorted(module.__dict__) for module in base.modules()] == instance
+    with run_with(Call((None,), prefix=torch.zeros(3, 9, HIDDEN))):
+        assert torch.equal(base(**tiny_batch()).logits, bare)
+
+
+def test_a_prefix_is_never_used_with_a_kv_cache():
+    injected = Injected(tiny_model(layers=3), 1)
+    with run_with(Call((None,), prefix=torch.zeros(3, 9, HIDDEN))), pytest.raises(AssertionError, match="KV cache"):
+        injected.base(**tiny_batch(), use_cache=True)
+
+
+def test_where_every_layer_is_adapted_there_is_no_prefix():
+    assert not Injected(tiny_model(), "all").takes_prefix()
+
+
+def test_a_base_whose_layers_pass_on_more_takes_no_prefix():
+    base = tiny_model(layers=3)
+    first, _, last = base.model.layers
+    carried = []
+    first.register_forward_hook(lambda module, args, out: carried.append(out.mean() + len(carried)))
+    last.register_forward_hook(lambda module, args, out: out + carried[-1])
+    injected = Injected(base, 1)
+    assert injected.below == 2
+    assert not injected.takes_prefix()
 
 
 # --- answer positions ---

@@ -122,6 +122,11 @@ class Encoder:
         state = [self._tokenizer_state, list(task.items()), self.end, self._prefix, self.max_length, content]
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
+    @property
+    def single_tokens(self) -> bool:
+        """Whether every label is one token."""
+        return all(len(tokens) == 1 for tokens in self.answers)
+
     @cached_property
     def _tokenizer_state(self) -> str:
         state = self.tokenizer.backend_tokenizer.to_str()

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from moecl.errors import BaseError
 from moecl.nn.ffn import FFN
 from moecl.nn.lora import GATED, UNGATED, Geometry
-from moecl.nn.moe_ffn import MoEFFN, current_call, run_with
+from moecl.nn.moe_ffn import Call, MoEFFN, current_call, run_with
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,40 @@ class Injected:
             self._inject(layer, ffns[index], names, index)
         self._hooks = [layers[0].register_forward_pre_hook(_note_batch, with_kwargs=True)]
         self._hooks.append(base.get_output_embeddings().register_forward_pre_hook(_keep_answers))  # type: ignore[operator]
+        self._hooks.append(layers[self.below].register_forward_pre_hook(_reached, with_kwargs=True))
+        for layer in layers[: self.below]:
+            self._replace(layer, partial(_below, layer.forward))
         self._checkpointed = False
+
+    @property
+    def below(self) -> int:
+        """How many layers lie below the first adapted one; with the embeddings they are the prefix."""
+        return min(self.layers)
+
+    @torch.no_grad()
+    def prefix(self, input_ids: Tensor) -> Tensor:
+        """The prefix's output: [B, T] without padding -> [B, T, D]. Threads may call it at once."""
+        try:
+            with run_with(_PrefixAlone((None,))):
+                self.base.base_model(input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)  # type: ignore[operator]
+        except _ReachedError as reached:
+            return reached.hidden_states
+        raise AssertionError("the first adapted layer did not run")
+
+    @torch.no_grad()
+    def takes_prefix(self) -> bool:
+        """Whether a forward above its prefix ends as the whole one does, bitwise: tried, not believed."""
+        if not self.below:
+            return False
+        ids = torch.arange(3, 11, device=next(self.base.parameters()).device)[None]
+        ends = []
+        try:
+            for prefix in (None, self.prefix(ids)):
+                with run_with(Call((None,), prefix=prefix)):
+                    ends.append(self.base.base_model(ids, use_cache=False).last_hidden_state)  # type: ignore[operator]
+        except Exception:  # how a family that passes on more than hidden states fails is its own affair
+            return False
+        return torch.equal(*ends)
 
     def _inject(self, layer: nn.Module, ffn: FFN, names: Names, index: int) -> None:
         if names.block:
@@ -127,6 +160,32 @@ def _checkpointed(forward: Forward, *args: Any, **kwargs: Any) -> Any:
     args = tuple(None if isinstance(arg, Cache) else arg for arg in args)
     kwargs = {name: None if isinstance(arg, Cache) else arg for name, arg in kwargs.items()}
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+class _PrefixAlone(Call):
+    """A call that ends at the first adapted layer."""
+
+
+class _ReachedError(Exception):
+    """What enters that layer."""
+
+    def __init__(self, hidden_states: Tensor) -> None:
+        super().__init__()
+        self.hidden_states = hidden_states
+
+
+def _reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if isinstance(current_call(), _PrefixAlone):
+        raise _ReachedError(args[0] if args else kwargs["hidden_states"])
+
+
+def _below(forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    """A layer of the prefix: where the call brings the prefix's output along, that is the output of each."""
+    call = current_call()
+    if call is None or call.prefix is None:
+        return forward(*args, **kwargs)
+    assert not any(isinstance(arg, Cache) for arg in (*args, *kwargs.values())), "a KV cache needs every layer"
+    return call.prefix
 
 
 def _identity(hidden_states: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ class Call:
     rows: Tensor | None = None
     attention_mask: Tensor | None = None  # [B, T], 1 where a token is real; needed for `features`
     answers: Tensor | None = None  # [B, T] bool: the positions that reach the language-model head
+    prefix: Tensor | None = None  # [B, T, D], what enters the first adapted layer: those below it are not run
     features: dict[int, Tensor] | None = None  # if given: layer -> p [B, D], the discriminator's input
     gate_use: dict[int, Tensor] | None = None  # if given: layer -> task expert's weight [B, T]
     dropout: float = 0.0
