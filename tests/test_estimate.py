@@ -94,7 +94,8 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_survey_counts_what_a_run_then_takes(variant, tiny_folder, tmp_path):
-    config = load_stream(write_stream(tmp_path / "data", tiny_folder, rows=16, **VARIANTS[variant]), ["train.epochs=1"])
+    path = write_stream(tmp_path / "data", tiny_folder, rows=16, **VARIANTS[variant])
+    config = load_stream(path, ["train.epochs=1", "train.precision=fp32"])
     before = sorted(tmp_path.rglob("*"))
     found = survey(config, Watcher())
     assert sorted(tmp_path.rglob("*")) == before

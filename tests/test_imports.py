@@ -18,7 +18,19 @@ SOURCE = Path(moecl.__file__).parent
 FILES = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in sorted(SOURCE.rglob("*.py"))}
 MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items() if name != "__init__"}
 
-BOTTOM = {"errors", "config", "metrics", "results", "review", "run_folder", "_atomic", "_explain", "_raw", "_yaml"}
+BOTTOM = {
+    "errors",
+    "config",
+    "metrics",
+    "results",
+    "review",
+    "run_folder",
+    "_atomic",
+    "_explain",
+    "_raw",
+    "_sizes",
+    "_yaml",
+}
 STORE = {"store", "_manifest"}
 TRAIN = {"train", "session", "task_trainer"}
 TOP = {"server", "cli", "show", "watch", "terminal", "using", "estimate", "__main__"}

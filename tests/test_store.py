@@ -175,8 +175,8 @@ def test_only_the_newest_training_state_stays(store: Store) -> None:
 
 def test_bytes_of_its_own_and_shared(store: Store) -> None:
     store.commit([(record("a"), parts(1)), (record("b"), parts(2))])
-    assert store.bytes("a").shared == len(encode(part(0.5)))
-    assert store.bytes("a").own == len(encode(part(1))) + len(encode(parts(1)["gate"]))
+    assert store.bytes()["a"].shared == len(encode(part(0.5)))
+    assert store.bytes()["a"].own == len(encode(part(1))) + len(encode(parts(1)["gate"]))
 
 
 def test_an_unknown_task_lists_the_known(store: Store) -> None:

@@ -147,7 +147,7 @@ class Engine:
         task = request.entry.task
         if task.kind == "generation":
             return ("text",)
-        if request.entry.parts.head is not None:
+        if task.head == "classifier":
             return ("head", task.name)
         if all(len(tokens) == 1 for tokens in request.encoder.answers):
             return ("word",)
