@@ -85,7 +85,7 @@ class RunFolder:
         return found
 
     def save_progress(self, progress: Mapping[str, Any]) -> None:
-        text = json.dumps(progress, indent=1, ensure_ascii=False)
+        text = json.dumps(progress, ensure_ascii=False)  # no indent, which takes seconds for the R of many tasks
         atomic_write(self.path / PROGRESS, text.encode() + b"\n")
 
     def finished(self) -> Result | None:

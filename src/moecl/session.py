@@ -92,7 +92,8 @@ class Session:
         train = self.config.train
         torch.set_num_threads(train.threads or torch.get_num_threads())
         store = Store.open(folder.store) if Store.exists(folder.store) else None
-        self.courses = [self._read(task, store) for task in self.config.tasks]  # faults in data show first
+        learned = {record.name: record for record in store.tasks()} if store else {}
+        self.courses = [self._read(task, learned.get(task.name)) for task in self.config.tasks]  # faults in data first
         backbone = load_backbone(config.base, train.precision, train.device, watcher.fetching)
         assert backbone.tokenizer is not None
         self.tokenizer = backbone.tokenizer
@@ -105,11 +106,10 @@ class Session:
             self.model.gradient_checkpointing_enable()
         self._take_up()
 
-    def _read(self, config: TaskConfig, store: Store | None) -> Course:
+    def _read(self, config: TaskConfig, learned: TaskRecord | None) -> Course:
         """A task still to learn with all its rows; of a learned one the test rows, if they are still the same."""
         wanted = self.progress.versions.get(config.name, 1)
-        learned = [record for record in store.tasks() if record.name == config.name] if store else []
-        if not learned or learned[0].version < wanted:
+        if learned is None or learned.version < wanted:
             data = load_task_data(config)
             update = {
                 "head": data.task.head or self.config.head,
@@ -123,7 +123,7 @@ class Session:
                 f"{self.folder.path}: its store has task {config.name!r}, but neither result.json nor progress.json "
                 "tells of it; restore the one that is missing"
             )
-        course = Course(learned[0].task)
+        course = Course(learned.task)
         if config.test is not None:
             try:
                 split = read_split(config.test, course.task, config.limit.test, "test")

@@ -81,7 +81,7 @@ def learn(
     with run.lock():
         if run.finished() is None:
             if goes_on(run, task):
-                return learn_newest(run, watcher, memory, resumed=True)
+                return learn_newest(run, run.config(), watcher, memory, resumed=True)
             run.undo_reopen()
         config, result = run.config(), run.finished()
         assert result is not None
@@ -95,13 +95,13 @@ def learn(
         extended = StreamConfig(**{**fields, "tasks": tasks})
         load_task_data(task)  # a fault in the new data must not reopen the run
         run.reopen(extended, vars(progress), result)
-        return learn_newest(run, watcher, memory, resumed=False)
+        return learn_newest(run, extended, watcher, memory, resumed=False)
 
 
-def learn_newest(run: RunFolder, watcher: Watcher, memory: int, resumed: bool) -> Result:
+def learn_newest(run: RunFolder, config: StreamConfig, watcher: Watcher, memory: int, resumed: bool) -> Result:
     """Learn what is left; an error that would come again makes the run the finished one that it was."""
     try:
-        return Session(run.config(), run, watcher, memory).learn_all(resumed)
+        return Session(config, run, watcher, memory).learn_all(resumed)
     except (ConfigError, DataError, TrainingError):
         if not has_newest(run):
             run.undo_reopen()
