@@ -204,6 +204,13 @@ def test_gc_removes_only_what_no_version_needs(store: Store) -> None:
     assert store.verify() == []
 
 
+def test_the_manifest_has_a_task_a_line(store: Store) -> None:
+    assert Store.open(store.path).tasks() == []
+    store.commit([(record(name), parts(1)) for name in "abc"])
+    lines = (store.path / "manifest.json").read_text().splitlines()
+    assert [json.loads(line.strip().rstrip(","))["task"]["name"] for line in lines if '"form"' in line] == list("abc")
+
+
 def test_card(store: Store) -> None:
     task = Task(name="x", kind="classification", labels={"a|b": "one", "c": "two"})
     store.commit([(TaskRecord(task=task, form="gated"), parts(1))])

@@ -119,7 +119,7 @@ class Bank(MutableMapping[str, Entry]):
                 if store.size(digest) != expected[kind].get(part):
                     self._part(store, record, part)
             wanted = {"shared", "task", "gate", *(["head"] if labels else [])}
-            if record.parts.keys() != wanted or not isinstance(record.settings.get("scale"), float):
+            if record.parts.keys() != wanted or not isinstance(record.settings.get("scale"), int | float):
                 raise StoreError(
                     f"{store.path}: task {record.name!r} has the parts {', '.join(record.parts)}, not "
                     f"{', '.join(sorted(wanted))} and a scale; restore the store from a copy"

@@ -250,6 +250,7 @@ class Session:
         )
         self.store.commit([(record, finished.tensors)], training=self.method.export(), moved=finished.moved or None)
         self.model.bank.take(self.store, [self.store.record(name)])
+        course.data, course.train, course.validation = None, [], []
         shutil.rmtree(self.folder.checkpoints / name, ignore_errors=True)
 
     def engine(self, bank: Mapping[str, Entry] | None = None) -> Engine:

@@ -169,7 +169,7 @@ class Store:
     def size(self, digest: str) -> int | None:
         """Bytes of an object, which is not read; None where it is missing."""
         try:
-            return self._object(digest).stat().st_size
+            return os.stat(f"{self.path}/objects/{digest}.safetensors").st_size
         except OSError:
             return None
 
