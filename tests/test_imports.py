@@ -31,7 +31,7 @@ BOTTOM = {
     "_sizes",
     "_yaml",
 }
-STORE = {"store", "_manifest"}
+STORE = {"store", "_card", "_manifest"}
 TRAIN = {"train", "session", "task_trainer"}
 TOP = {"server", "cli", "show", "watch", "terminal", "using", "estimate", "__main__"}
 

@@ -13,7 +13,7 @@ from moecl.results import Result
 from moecl.run_folder import RunFolder
 from moecl.store import Store
 from moecl.task_trainer import TaskTrainer
-from moecl.train import ContinualTrainer, learn
+from moecl.train import ContinualTrainer, Watcher, learn
 from runs import QUICK, stream
 from tiny_stream import task
 
@@ -28,8 +28,8 @@ def one(tmp_path_factory, tiny_folder) -> Path:
     return folder / "run"
 
 
-def grown(run: Path, folder: Path, count: int) -> Path:
-    """A copy of a run with `count` tasks more, each with experts as they start."""
+def grown(run: Path, folder: Path, count: int, **train: object) -> Path:
+    """A copy of a run with `count` tasks more, each with experts as they start; `train` changes settings."""
     shutil.copytree(run, folder)
     model = MoECL.from_pretrained(run)
     known = Store.open(run / "store").tasks()[0].task
@@ -43,7 +43,7 @@ def grown(run: Path, folder: Path, count: int) -> Path:
     config = place.config()
     tasks = [config.tasks[0].model_copy(update={"name": name}) for name in names]
     fields = {name: getattr(config, name) for name in StreamConfig.model_fields}
-    more = StreamConfig(**{**fields, "tasks": tasks})
+    more = StreamConfig(**{**fields, "tasks": tasks, "train": config.train.model_copy(update=train)})
     place.start(more, more, before.environment)
     of_first = {"data": before.data[known.name], "details": before.details[known.name]}
     cells = [[None] * len(names) for _ in range(len(names) + 1)]
@@ -85,10 +85,14 @@ def counted(run: Path, new: TaskConfig, monkeypatch: pytest.MonkeyPatch) -> dict
     return found
 
 
-def test_learning_one_more_task_takes_the_same_after_40(one, tmp_path, monkeypatch):
+@pytest.fixture
+def new(tmp_path) -> TaskConfig:
     data = task(tmp_path, "new", 7, rows=8)
     files = {split: str(tmp_path / data[split]) for split in ("train", "test")}
-    new = TaskConfig(**{**data, **files, "validation": None})
+    return TaskConfig(**{**data, **files, "validation": None})
+
+
+def test_learning_one_more_task_takes_the_same_after_40(one, new, tmp_path, monkeypatch):
     few = counted(Path(shutil.copytree(one, tmp_path / "few")), new, monkeypatch)
     many = counted(grown(one, tmp_path / "many", 39), new, monkeypatch)
     assert many == few
@@ -98,3 +102,24 @@ def test_learning_one_more_task_takes_the_same_after_40(one, tmp_path, monkeypat
     assert len(store.tasks()) == 41
     assert store.verify() == []
     assert store.training()["discriminator"]["layers.0.discriminator"].shape[0] == 41
+
+
+def test_stopped_among_many_tasks_it_ends_the_same(one, new, tmp_path):
+    """Contract 7 where only some of the discriminator's rows are trained."""
+
+    class Stopping(Watcher):
+        def training(self, task, step, steps, figures):
+            if step == 3:
+                raise KeyboardInterrupt
+
+    whole = grown(one, tmp_path / "whole", 39, epochs=4, save_steps=1)
+    stopped = Path(shutil.copytree(whole, tmp_path / "stopped"))
+    expected = learn(whole, new)
+    with pytest.raises(KeyboardInterrupt):
+        learn(stopped, new, watcher=Stopping())
+    assert [path.name for path in (stopped / "checkpoints" / "new").iterdir()] == ["checkpoint-2"]
+    found = learn(stopped, new)
+    assert found.resumed == 1
+    assert (found.R, found.digests) == (expected.R, expected.digests)
+    manifests = [Store.open(run / "store").manifest for run in (whole, stopped)]
+    assert manifests[0] == manifests[1]

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor, contiguous_format
 
 from moecl._atomic import atomic_write, lock_file, one_line, remove_drafts, sync_folder
+from moecl._card import model_card
 from moecl._manifest import FORMAT, HEX, BaseInfo, Manifest, TaskRecord, parse_manifest
 from moecl.errors import StoreError
 
@@ -262,8 +263,9 @@ class Store:
     def write_card(self, result_markdown: str = "") -> None:
         """README.md, a model card for people and for the hub; `result_markdown` goes under its heading Result."""
         with self.lock():
-            card = _card(self, result_markdown).encode()
-            atomic_write(self.path / "README.md", card, tmp=self.path / "tmp", error=StoreError)
+            sizes = {name: sum(found) for name, found in self.bytes().items()}
+            card = model_card(self.manifest, sizes, result_markdown)
+            atomic_write(self.path / "README.md", card.encode(), tmp=self.path / "tmp", error=StoreError)
 
     def _object(self, digest: str) -> Path:
         return self.path / "objects" / f"{digest}.safetensors"
@@ -393,41 +395,3 @@ def _compare(path: Path, tensors: Mapping[str, Tensor], expect: Mapping[str, Seq
             raise StoreError(
                 f"{path}: {name} has shape {found}, expected {list(shape)}; is it another model's? {REMEDY}"
             )
-
-
-def _card(store: Store, result_markdown: str) -> str:
-    base, sizes = store.manifest.base, store.bytes()
-    # The hub takes ids only; a folder's name would be an invalid link.
-    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base.id)
-    rows = [
-        f"| {record.name} | {record.task.kind} | {', '.join(record.task.labels or ()).replace('|', chr(92) + '|')} "
-        f"| {record.task.metric} | {record.form} | {record.version} | {sum(sizes[record.name]):,} |"
-        for record in store.tasks()
-    ]
-    return "\n".join(
-        [
-            "---",
-            "library_name: moecl",
-            *([f"base_model: {base.id}"] if hub_id else []),
-            "tags: [continual-learning, mixture-of-experts, lora]",
-            "---",
-            "# A model that learned one task after another",
-            "",
-            f"Base: `{base.id}` ({base.model_type}, {base.dtype}, sha256 `{base.sha256}`), frozen. "
-            "This folder holds what was learned; it needs that base.",
-            "",
-            "| task | kind | labels | metric | form | version | bytes |",
-            "|---|---|---|---|---|---|---|",
-            *rows,
-            *(["", "## Result", "", result_markdown.strip()] if result_markdown.strip() else []),
-            "",
-            "## Use",
-            "",
-            "```python",
-            "from moecl import MoECL",
-            "",
-            'model = MoECL.from_pretrained("path/to/this/folder")',
-            "```",
-            "",
-        ]
-    )
