@@ -20,6 +20,7 @@ from moecl.cli import main
 from moecl.config import load_stream
 from moecl.data.derived import Derived
 from moecl.run_folder import RunFolder
+from moecl.store import Store
 from tiny_stream import task, write_rows, write_stream
 
 
@@ -130,6 +131,10 @@ def test_help_of_train_lists_every_key(moecl):
         ("eval run", "run: no such folder; give one that"),
         ("eval . --task x", ".: not a run folder; give one that"),
         ("predict run --task x", "run: no such folder; give one that"),
+        ("predict run --expert-memory 2 GB", "--expert-memory: '2' has no unit; write a number and a unit without a s"),
+        ("eval run --expert-memory lots", "--expert-memory: 'lots' is no size; write a number and a unit"),
+        ("train s.yaml --expert-memory 0", "--expert-memory: '0' leaves no room for an expert; write a number"),
+        ("learn run --task t.yaml --expert-memory 2PB", "--expert-memory: '2PB' has the unknown unit 'PB'; write"),
         ("init no/s.yaml", "no/s.yaml: no folder no; make it first"),
         ("fetch vadr4", "no asset 'vadr4' (did you mean 'vader4'?); there are: "),
         ("cache clear x", "no asset 'x'; there are: "),
@@ -272,6 +277,8 @@ def test_predict(learned, moecl, refuses, tmp_path):
     file.write_text('{"text": "warm tea", "id": 7}\n\n{"text": "sour day"}\n')
     assert moecl("predict", run, file, "--task", "task1") == plain
     assert moecl("predict", run / "store", file, "--task", "task1") == plain
+    assert moecl("predict", run, file, "--task", "task1", "--expert-memory", "2G") == plain
+    assert moecl("predict", run, file, "--task", "task1", "--expert-memory", "1kB") == plain
     assert moecl("predict", run, "--task", "task1") == Done(0, "", "")
     assert "--task: which one? the tasks are: task0, task1" in refuses("predict", run, file)
     assert "no task 'tsk1'; the tasks are: task0, task1 (did you mean 'task" in refuses(
@@ -576,14 +583,14 @@ def test_a_folder_that_cannot_be_used(learned, refuses, tmp_path, monkeypatch):
 
 
 def test_a_damaged_store(own, refuses):
-    objects = sorted((own / "store" / "objects").iterdir())
-    whole = objects[0].read_bytes()
-    objects[0].write_bytes(whole[:-4])
-    assert f"{objects[0]}: truncated" in refuses("predict", own, "--task", "task0", stdin=b"x")
-    objects[0].write_bytes(bytes([*whole[:-1], whole[-1] ^ 1]))
-    assert f"{objects[0]}: altered" in refuses("predict", own, "--task", "task0", stdin=b"x")
-    objects[0].unlink()
-    assert f"{objects[0]}: missing" in refuses("predict", own, "--task", "task0", stdin=b"x")
+    damaged = own / "store" / "objects" / f"{Store.open(own / 'store').digests('task0')['task']}.safetensors"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-4])
+    assert f"{damaged}: truncated" in refuses("predict", own, "--task", "task0", stdin=b"x")
+    damaged.write_bytes(bytes([*whole[:-1], whole[-1] ^ 1]))
+    assert f"{damaged}: altered" in refuses("predict", own, "--task", "task0", stdin=b"x")
+    damaged.unlink()
+    assert f"{damaged}: missing" in refuses("predict", own, "--task", "task0", stdin=b"x")
     (own / "store" / "manifest.json").write_text("{\n")
     assert "manifest.json:2: broken JSON" in refuses("tasks", own)
 

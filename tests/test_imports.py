@@ -18,8 +18,20 @@ SOURCE = Path(moecl.__file__).parent
 FILES = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in sorted(SOURCE.rglob("*.py"))}
 MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items() if name != "__init__"}
 
-BOTTOM = {"errors", "config", "metrics", "results", "review", "run_folder", "_atomic", "_explain", "_raw", "_yaml"}
-STORE = {"store", "_manifest"}
+BOTTOM = {
+    "errors",
+    "config",
+    "metrics",
+    "results",
+    "review",
+    "run_folder",
+    "_atomic",
+    "_explain",
+    "_raw",
+    "_sizes",
+    "_yaml",
+}
+STORE = {"store", "_card", "_manifest"}
 TRAIN = {"train", "session", "task_trainer", "feed"}
 TOP = {"server", "cli", "show", "watch", "terminal", "using", "estimate", "__main__"}
 

@@ -114,8 +114,9 @@ def test_a_damaged_object_is_refused(tiny_folder, tmp_path, damage):
     else:
         found.write_bytes(data[:-8] if damage == "truncated" else data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(StoreError, match=damage) as caught:
-        MoECL.from_pretrained(path)
+        MoECL.from_pretrained(path)(**tiny_batch(), task="b")
     assert "task 'b'" in str(caught.value)
+    assert str(found) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -137,7 +138,7 @@ def test_what_does_not_fit_is_one_line(tiny_folder, tmp_path, change):
     with pytest.raises(
         StoreError, match={"form": "upgrade", "training": "further learning"}.get(change, "does not fit")
     ) as caught:
-        MoECL.from_pretrained(path)
+        MoECL.from_pretrained(path).add_task(task("c"))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
 

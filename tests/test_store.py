@@ -175,8 +175,8 @@ def test_only_the_newest_training_state_stays(store: Store) -> None:
 
 def test_bytes_of_its_own_and_shared(store: Store) -> None:
     store.commit([(record("a"), parts(1)), (record("b"), parts(2))])
-    assert store.bytes("a").shared == len(encode(part(0.5)))
-    assert store.bytes("a").own == len(encode(part(1))) + len(encode(parts(1)["gate"]))
+    assert store.bytes()["a"].shared == len(encode(part(0.5)))
+    assert store.bytes()["a"].own == len(encode(part(1))) + len(encode(parts(1)["gate"]))
 
 
 def test_an_unknown_task_lists_the_known(store: Store) -> None:
@@ -202,6 +202,13 @@ def test_gc_removes_only_what_no_version_needs(store: Store) -> None:
     assert removed == (2, len(encode(part(0.5))) + 4)
     assert before - files(store.path) == {f"objects/{moved}.safetensors", str(stale.relative_to(store.path))}
     assert store.verify() == []
+
+
+def test_the_manifest_has_a_task_a_line(store: Store) -> None:
+    assert Store.open(store.path).tasks() == []
+    store.commit([(record(name), parts(1)) for name in "abc"])
+    lines = (store.path / "manifest.json").read_text().splitlines()
+    assert [json.loads(line.strip().rstrip(","))["task"]["name"] for line in lines if '"form"' in line] == list("abc")
 
 
 def test_card(store: Store) -> None:

@@ -100,7 +100,7 @@ def test_a_missing_object_says_who_needs_it(store: Store) -> None:
     with pytest.raises(StoreError, match=r"missing; needed by further learning \(discriminator\)"):
         store.training()
     with pytest.raises(StoreError, match=f"{path.name}: No such file"):
-        store.bytes("a")
+        store.bytes()
     assert len(store.verify()) == 2
 
 

@@ -214,7 +214,7 @@ def test_the_papers_setting(tmp_path, tiny_folder):
     loaded = MoECL.from_pretrained(tmp_path / "run")
     assert loaded.config == config.method
     assert loaded.bank["task0"].parts.shared is loaded.bank["task2"].parts.shared
-    assert loaded.bank["task0"].parts.gate is loaded.learner.gate
+    assert loaded.bank["task0"].parts.gate is loaded.bank["task2"].parts.gate
 
 
 # --- what is in R ---

@@ -131,7 +131,17 @@ class Manifest(_Strict):
         ]
 
     def dump(self) -> bytes:
-        return json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        """JSON with a task a line, which is written in no time and shows in a diff what was learned."""
+        fields = self.model_dump(mode="json")
+        tasks = ",\n  ".join(_json(task) for task in fields["tasks"])
+        written = {key: _json(value) for key, value in fields.items()} | {
+            "tasks": f"[\n  {tasks}\n ]" if tasks else "[]"
+        }
+        return ("{\n" + ",\n".join(f" {_json(key)}: {value}" for key, value in written.items()) + "\n}\n").encode()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def parse_manifest(path: Path, data: bytes) -> Manifest:

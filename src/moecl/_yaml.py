@@ -23,21 +23,27 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 with the numbers of YAML 1.2."""
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
     """Writes what _Loader reads."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     # The default writes a line break as an empty line inside single quotes, which few people read right, and of the
     # less common breaks (U+0085, U+2028) it loses some.
     style = '"' if _BREAK.search(text) else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+    node: yaml.ScalarNode = dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+    return node
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+class _FastLoader(getattr(yaml, "CSafeLoader", _Loader)):  # type: ignore[misc]
+    """The same in C, where PyYAML has it: a stream of hundreds of tasks is read in no time."""
+
+
+for _one in (_Loader, _FastLoader):
+    _one.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
 _Dumper.add_representer(str, _represent_text)
 
@@ -131,8 +137,7 @@ def parse(text: str, source: str, *, numbered: bool = False) -> Document:
     """Parse one YAML document; a mark is `source`, followed by the line if `numbered`."""
     document = Document(source)
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
+        loader, node = _composed(text)
         if node is not None:
             document.data = _Builder(loader, document, numbered).build(node, ())
     except yaml.reader.ReaderError as error:
@@ -145,6 +150,15 @@ def parse(text: str, source: str, *, numbered: bool = False) -> Document:
     except RecursionError:
         raise ConfigError(f"{source}: is nested too deeply; write it flatter") from None
     return document
+
+
+def _composed(text: str) -> tuple[_Loader | _FastLoader, yaml.Node | None]:
+    try:
+        fast = _FastLoader(text)
+        return fast, fast.get_single_node()
+    except yaml.YAMLError:  # the slow one tells better what is wrong
+        loader = _Loader(text)
+        return loader, loader.get_single_node()
 
 
 def _remedy(error: yaml.MarkedYAMLError) -> str:
@@ -163,7 +177,7 @@ def dump(data: Any) -> str:
 class _Builder:
     """Turns YAML nodes into plain data and records the marks."""
 
-    def __init__(self, loader: _Loader, document: Document, numbered: bool) -> None:
+    def __init__(self, loader: _Loader | _FastLoader, document: Document, numbered: bool) -> None:
         self.loader, self.document, self.numbered = loader, document, numbered
         self.flattened: set[int] = set()
         self.open: list[int] = []

@@ -1,28 +1,172 @@
 """The bank: what answers for each task, and how it comes out of a store."""
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
+from moecl._sizes import EXPERT_MEMORY
 from moecl.config import MoECLConfig, Task
 from moecl.errors import BaseError, StoreError, TaskError, near
-from moecl.nn.gated import from_tensors
-from moecl.nn.lora import Geometry
+from moecl.nn.gated import from_tensors, to_tensors
+from moecl.nn.lora import Expert, Gate, Geometry
 from moecl.nn.moe_ffn import Gated
-from moecl.store import BaseInfo, Store
+from moecl.store import BaseInfo, Store, TaskRecord, encode
+
+Key = tuple[str, str]  # what an object is read as, and its digest
 
 
-@dataclass(frozen=True)
 class Entry:
-    """A task in the bank, and what answers for it."""
+    """A task in the bank, and what answers for it: `parts`, given or loaded whenever they are asked for."""
 
-    task: Task
-    parts: Gated
+    def __init__(self, task: Task, parts: Gated | Callable[[], Gated]) -> None:
+        self.task, self._parts = task, parts
+
+    @property
+    def parts(self) -> Gated:
+        """Raises StoreError where they are to be loaded, and missing, damaged or another base's."""
+        return self._parts if isinstance(self._parts, Gated) else self._parts()
+
+    @property
+    def held(self) -> Gated | None:
+        """The parts, where they are not a store's."""
+        return self._parts if isinstance(self._parts, Gated) else None
+
+
+class Loaded:
+    """Parts out of a store: `limit` bytes of tensors at most, beside what calls under way hold themselves.
+
+    The least recently used are dropped first. What a call still holds after that is found again, never loaded twice.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.bytes, self.loads, self.evictions = limit, 0, 0, 0
+        self._kept: OrderedDict[Key, nn.Module] = OrderedDict()
+        self._living: WeakValueDictionary[Key, nn.Module] = WeakValueDictionary()
+
+    def get(self, key: Key, load: Callable[[], nn.Module]) -> nn.Module:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        module = self._living.get(key)
+        if module is None:
+            module = load()
+            self.loads += 1
+        self._kept[key] = self._living[key] = module
+        self.bytes += size(module)
+        while self.bytes > self.limit:
+            self.bytes -= size(self._kept.popitem(last=False)[1])
+            self.evictions += 1
+        return module
+
+    def clear(self) -> None:
+        self._kept.clear()
+        self._living.clear()
+        self.bytes = 0
+
+
+class Bank(MutableMapping[str, Entry]):
+    """Tasks by name, in the order in which they were learned. Looking at them loads nothing; `Entry.parts` does.
+
+    Entries that are put in (those of tasks being learned) are kept as they are. A store's are read when they are used:
+    an object that tasks share once for all of them, each hashed the first time. `memory` bounds what stays of them, in
+    bytes of tensors. `moving` are parts that take the place of those of tasks with retention live.
+    """
+
+    def __init__(self, geometry: Geometry, device: torch.device, memory: int = EXPERT_MEMORY) -> None:
+        self.geometry, self.loaded = geometry, Loaded(memory)
+        self.moving: Mapping[str, nn.Module] = {}
+        self._entries: dict[str, Entry] = {}
+        self._like = torch.empty(0, device=device)  # where loaded parts go, and in which dtype
+        self._lock = threading.RLock()
+
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
+
+    def __setitem__(self, name: str, entry: Entry) -> None:
+        self._entries[name] = entry
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def take(self, store: Store, records: Iterable[TaskRecord] | None = None) -> None:
+        """Put a store's tasks in (all, or these). Raises StoreError for what can be seen without reading the objects.
+
+        An object whose size is not the expected one is read at once, to tell what is wrong with it.
+        """
+        expected: dict[tuple[Any, int], dict[str, int]] = {}
+        for record in store.tasks() if records is None else records:
+            if record.form != "gated":
+                raise StoreError(f"{store.path}: task {record.name!r} has the form {record.form!r}; upgrade moecl")
+            labels = len(record.task.labels or ()) if record.task.head == "classifier" else 0
+            kind = record.settings.get("rank"), labels
+            if kind not in expected:
+                expected[kind] = object_sizes(self.geometry, *kind)
+            for part, digest in record.parts.items():
+                if store.size(digest) != expected[kind].get(part):
+                    self._part(store, record, part)
+            wanted = {"shared", "task", "gate", *(["head"] if labels else [])}
+            if record.parts.keys() != wanted or not isinstance(record.settings.get("scale"), int | float):
+                raise StoreError(
+                    f"{store.path}: task {record.name!r} has the parts {', '.join(record.parts)}, not "
+                    f"{', '.join(sorted(wanted))} and a scale; restore the store from a copy"
+                )
+            self._entries.pop(record.name, None)  # learned again, it is the last one
+            self._entries[record.name] = Entry(record.task, partial(self._parts, store, record))
+
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """What `nn.Module._apply` does: parts in memory are changed by `fn`, a store's as they are loaded again."""
+        for parts in filter(None, (entry.held for entry in self._entries.values())):
+            for module in modules(parts):
+                module._apply(fn)  # type: ignore[no-untyped-call]
+        with self._lock:
+            self._like = fn(self._like)
+            self.loaded.clear()
+
+    def _parts(self, store: Store, record: TaskRecord) -> Gated:
+        with self._lock:
+            found: dict[str, Any] = {part: self._part(store, record, part) for part in record.parts}
+        return Gated(scale=float(record.settings["scale"]), **found)  # type: ignore[arg-type]
+
+    def _part(self, store: Store, record: TaskRecord, part: str) -> nn.Module:
+        if record.live and part in self.moving:
+            return self.moving[part]
+        digest = record.parts[part]
+
+        def load() -> nn.Module:
+            with fitting(f"{store.path}: task {record.name!r}"):
+                return from_tensors(self.geometry, part, store.read_again(digest)).to(self._like)
+
+        read_as = part if part in ("gate", "head") else "expert"
+        with self._lock:
+            return self.loaded.get((read_as, digest), load)
+
+
+def size(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.parameters())
+
+
+def object_sizes(geometry: Geometry, rank: Any, labels: int) -> dict[str, int]:
+    """Bytes of a task's objects, by part; nothing is known where the rank is not."""
+    if not isinstance(rank, int):
+        return {}
+    head = nn.Linear(geometry.hidden_size, labels, bias=False) if labels else None
+    expert = Expert(geometry, rank)
+    parts = Gated(expert, expert, Gate(geometry), 1.0, head)
+    return {part: len(encode(tensors)) for part, tensors in to_tensors(parts).items()}
 
 
 def find(bank: Mapping[str, Entry], name: str) -> Entry:
@@ -34,25 +178,6 @@ def find(bank: Mapping[str, Entry], name: str) -> Entry:
 
 def modules(parts: Gated) -> list[nn.Module]:
     return [module for module in (parts.shared, parts.task, parts.gate, parts.head) if module is not None]
-
-
-def load_bank(store: Store, geometry: Geometry, device: torch.device) -> dict[str, Entry]:
-    """A store's tasks, each checked against the base's geometry; objects that tasks share are read once."""
-    bank: dict[str, Entry] = {}
-    objects: dict[str, dict[str, Tensor]] = {}
-    for record in store.tasks():
-        if record.form != "gated":
-            raise StoreError(f"{store.path}: task {record.name!r} has the form {record.form!r}; upgrade moecl")
-        for digest in record.parts.values():
-            if digest not in objects:
-                objects[digest] = store.read(digest)
-        found = {part: objects[digest] for part, digest in record.parts.items()}
-        with fitting(f"{store.path}: task {record.name!r}"):
-            parts = from_tensors(geometry, float(record.settings["scale"]), found)  # type: ignore[arg-type]
-        for module in modules(parts):
-            module.to(device)
-        bank[record.name] = Entry(record.task, parts)
-    return bank
 
 
 def settings_of(store: Store) -> tuple[MoECLConfig, int]:

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from typer.main import get_command
 
+from moecl._sizes import parse_size
 from moecl.errors import AssetError, ConfigError, RunError, near
 from moecl.terminal import Command, CommandWithKeys, explain, quietly
 
@@ -41,6 +42,22 @@ Overrides = Annotated[
 Stream = Annotated[Path, typer.Argument(metavar="STREAM", help="A stream file; `moecl init` writes one.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Device = Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps ...")]
+
+
+def a_size(size: str) -> str:
+    parse_size(size, "--expert-memory")
+    return size
+
+
+ExpertMemory = Annotated[
+    str,
+    typer.Option(
+        "--expert-memory",
+        metavar="SIZE",
+        callback=a_size,
+        help="Memory for experts of learned tasks, such as 512MB; others are read from disk when used.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -95,6 +112,7 @@ def train(
     ] = None,
     overrides: Overrides = None,
     device: Device = None,
+    expert_memory: ExpertMemory = "2GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False,
 ) -> None:
     """Learn a stream of tasks.
@@ -106,7 +124,7 @@ def train(
     if dry_run:
         print_plan(config, folder)
     else:
-        show_run(learn_stream(config, folder), folder)
+        show_run(learn_stream(config, folder, expert_memory), folder)
 
 
 def read_stream(stream: Path, overrides: list[str] | None, device: str | None) -> "StreamConfig":
@@ -132,7 +150,7 @@ def counts(splits: dict[str, Any]) -> str:
     return ", ".join(f"{len(split.examples)} {name} rows" for name, split in splits.items())
 
 
-def learn_stream(config: "StreamConfig", folder: Path) -> "Result":
+def learn_stream(config: "StreamConfig", folder: Path, expert_memory: str = "2GB") -> "Result":
     from moecl.run_folder import RunFolder
 
     run = RunFolder(folder)
@@ -143,7 +161,7 @@ def learn_stream(config: "StreamConfig", folder: Path) -> "Result":
     with learning() as watching:
         from moecl.train import ContinualTrainer
 
-        return ContinualTrainer(config, folder, watching).run()
+        return ContinualTrainer(config, folder, watching, expert_memory).run()
 
 
 @contextmanager
@@ -171,6 +189,7 @@ def learn(
     replace: Annotated[
         bool, typer.Option("--replace", help="Learn a known task again, as a new version; its rules changed.")
     ] = False,
+    expert_memory: ExpertMemory = "2GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read the task and its data, and stop.")] = False,
 ) -> None:
     """Teach a finished run one more task.
@@ -192,7 +211,7 @@ def learn(
     with learning() as watching:
         from moecl.train import learn as learn_task
 
-        result = learn_task(run, config, replace, watching)
+        result = learn_task(run, config, replace, watching, expert_memory)
     show_run(result, run)
 
 
@@ -231,6 +250,7 @@ def predict(
         str | None, typer.Option("--task", metavar="NAME", help="The task that answers; `moecl tasks RUN` lists them.")
     ] = None,
     device: Device = None,
+    expert_memory: ExpertMemory = "2GB",
 ) -> None:
     """Answer texts: one JSON object a row, in order.
 
@@ -241,7 +261,7 @@ def predict(
     with quietly():
         from moecl.using import answers
 
-        for found in answers(run, file, task, device or "auto"):
+        for found in answers(run, file, task, device or "auto", expert_memory):
             print("\n".join(json.dumps(one, ensure_ascii=False) for one in found), flush=True)
 
 
@@ -253,6 +273,7 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option("--split", metavar="SPLIT", help="test, validation or train.")] = "test",
     device: Device = None,
+    expert_memory: ExpertMemory = "2GB",
     as_json: AsJson = False,
 ) -> None:
     """Score a run's tasks as they are now.
@@ -265,7 +286,7 @@ def evaluate(
     if split not in SPLITS:
         raise ConfigError(f"--split: {split!r} is none of {', '.join(SPLITS)}{near(split, SPLITS)}")
     with learning() as watching:
-        rows = scores(run, tasks or [], split, device or "auto", watching)
+        rows = scores(run, tasks or [], split, device or "auto", expert_memory, watching)
     print(json.dumps(rows, ensure_ascii=False)) if as_json else show_scores(out, rows)
 
 

@@ -163,7 +163,7 @@ class Engine:
         task = request.entry.task
         if task.kind == "generation":
             return ("text",)
-        if request.entry.parts.head is not None:
+        if task.head == "classifier":
             return ("head", task.name)
         if request.encoder.single_tokens:
             return ("word",)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from moecl._sizes import EXPERT_MEMORY
 from moecl.backbone import load_backbone
 from moecl.bank import Entry
 from moecl.config import StreamConfig
@@ -83,7 +84,7 @@ def estimate(
     """
     answering = [seconds_a_row(model, config, course) for course in courses]
     first = courses[0]
-    model.bank = {first.name: Entry(first.task, method.begin(first.task))}
+    model.bank[first.name] = Entry(first.task, method.begin(first.task))
     trained = sum(p.numel() for group in method.groups().values() for p in group)
     batch = scratch_batch(first.train, config, Engine(model).pad_id, model.device)
     prefix = prefix_savings(model, config, courses, answering)
@@ -105,7 +106,7 @@ def estimate(
         "process": process,
         "base": sum(t.numel() * t.element_size() for t in [*model.base.parameters(), *model.base.buffers()]),
         "trained": 4 * COPIES * trained,
-        "learned": own * (len(courses) - 1),
+        "learned": min(own * (len(courses) - 1), EXPERT_MEMORY),
         "activations": kept * largest // tokens,
     }
     answers = sum(

@@ -88,7 +88,8 @@ def summary(R: ArrayLike) -> dict[str, float | None]:
     >>> summary([[0.5], [0.75]])
     {'average_accuracy': 0.75, 'bwt': None, 'fwt': None, 'forgetting': None, 'learning_accuracy': 0.75}
     """
-    return {number.__name__: number(R) for number in (average_accuracy, bwt, fwt, forgetting, learning_accuracy)}
+    scores = _scores(R)
+    return {number.__name__: number(scores) for number in (average_accuracy, bwt, fwt, forgetting, learning_accuracy)}
 
 
 def _check_pairs(true: Sequence[Any], pred: Sequence[Any]) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.generic import ModelOutput
 
+from moecl._sizes import EXPERT_MEMORY, parse_size
 from moecl.backbone import (
     DTYPES,
     Backbone,
@@ -22,7 +23,7 @@ from moecl.backbone import (
     resolve_precision,
     weights_sha256,
 )
-from moecl.bank import Entry, check_same_base, find, fitting, load_bank, modules, open_store, settings_of
+from moecl.bank import Bank, Entry, check_same_base, find, fitting, open_store, settings_of
 from moecl.config import MoECLConfig, Task
 from moecl.errors import BaseError, ConfigError, StoreError, TaskError
 from moecl.nn.gated import GatedLearner, to_tensors
@@ -66,8 +67,9 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
             self.base.train(self._before[0])
             raise
         self.base.requires_grad_(False)
-        self.bank: dict[str, Entry] = {}
+        self.bank = Bank(self.geometry, self.device)
         self.learner: GatedLearner | None = None
+        self._left: Store | None = None  # its state for further learning is not taken up yet
         self._open: str | None = None
         self._steps = 0
         self._detached = False
@@ -112,6 +114,7 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
             raise TaskError(f"task {task.name!r}: labels are needed; give Task(labels=[...])")
         self.check_fits(task)
         self.finish_task()
+        self._take_up()
         if self.learner is None:
             self.learner = self._new_learner()
         parts = self.learner.begin(task.name, len(task.labels or ()) if task.head == "classifier" else 0)
@@ -139,8 +142,7 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
     def finish_task(self) -> None:
         """Freeze the open task for good; nothing to do where none is open."""
         if self._open is not None and self.learner is not None:
-            entry = self.bank[self._open]
-            self.bank[self._open] = replace(entry, parts=self.learner.finish())
+            self.bank[self._open] = Entry(self.bank[self._open].task, self.learner.finish())
             self._open = None
 
     def train(self, mode: bool = True) -> Self:
@@ -262,9 +264,7 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the bank along: its frozen parts are no parameters of the model."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for entry in self.bank.values():
-            for module in modules(entry.parts):
-                module._apply(fn)  # type: ignore[no-untyped-call]
+        self.bank.apply(fn)
         return self
 
     # On disk
@@ -284,20 +284,21 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
 
         The open task is stored as it is now, and stays open. The mixin's `config` and `model_card_kwargs` are not used.
         """
+        self._take_up()
         store = Store.create(save_directory, self.base_info())
         settings = self.config.model_dump(exclude={"name"}) | {"seed": self.seed}
-        records = [
-            (
-                TaskRecord(task=entry.task, form="gated", settings={"scale": entry.parts.scale, **settings}),
-                to_tensors(entry.parts),
-            )
-            for entry in self.bank.values()
-        ]
+
+        def record(entry: Entry) -> tuple[TaskRecord, dict[str, dict[str, Tensor]]]:
+            parts = entry.parts
+            kept = TaskRecord(task=entry.task, form="gated", settings={"scale": parts.scale, **settings})
+            return kept, to_tensors(parts)
+
         learner = self.learner
         if learner is not None and self._open is not None:
             learner = copy.deepcopy(learner)
             learner.finish()
-        store.commit(records, training=None if learner is None else learner.export())
+        training = None if learner is None else learner.export()
+        store.commit((record(entry) for entry in self.bank.values()), training)  # one task's parts at a time
         store.write_card()
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
@@ -311,14 +312,17 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         *,
         base: str | PreTrainedModel | None = None,
         device: str = "auto",
+        expert_memory: int | str = EXPERT_MEMORY,
         **hub: Any,
     ) -> Self:
         """The model of a store, of a run's folder, or of a repository of the hub, in eval mode.
 
-        `base` replaces the base's name that the store gives; `hub` is passed on to
+        `base` replaces the base's name that the store gives; `expert_memory` (bytes, or "2GB") bounds what stays in
+        memory of the learned tasks' experts, which are loaded when they are used; `hub` is passed on to
         `huggingface_hub.snapshot_download` (revision, token, cache_dir ...). Raises StoreError; BaseError for another
         base than it was learned on.
         """
+        memory = parse_size(expert_memory, "expert_memory")
         folder = str(pretrained_model_name_or_path)
         if not Path(folder).is_dir():
             try:
@@ -326,13 +330,20 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
             except (OSError, ValueError) as error:
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 raise StoreError(f"{folder}: no such folder, and not to be had from the hub ({reason})") from error
-        return cls.from_store(open_store(folder), base=base, device=device)
+        return cls.from_store(open_store(folder), base=base, device=device, expert_memory=memory)
 
     @classmethod
-    def from_store(cls, store: Store, base: str | PreTrainedModel | None = None, device: str = "auto") -> Self:
-        """The model of a store, every task loaded and checked; further tasks are learned on from there.
+    def from_store(
+        cls,
+        store: Store,
+        base: str | PreTrainedModel | None = None,
+        device: str = "auto",
+        expert_memory: int | str = EXPERT_MEMORY,
+    ) -> Self:
+        """The model of a store; its tasks are loaded when they are used, and further ones learned on from there.
 
-        Raises StoreError, BaseError for another base.
+        Raises StoreError at once for what can be seen without reading the experts, for the rest when it is read;
+        BaseError for another base.
         """
         info = store.manifest.base
         config, seed = settings_of(store)
@@ -340,25 +351,25 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         model = cls.attach(info.id if base is None else base, config, precision=precision, device=device, seed=seed)
         model.base_id = info.id
         check_same_base(store, model.base_info())
-        model.load_tasks(store)
-        if store.manifest.training:
-            model._take_up(store)
+        model.load_tasks(store, expert_memory)
+        model._left = store if store.manifest.training else None
         return model.eval()
 
-    def load_tasks(self, store: Store) -> None:
+    def load_tasks(self, store: Store, expert_memory: int | str = EXPERT_MEMORY) -> None:
         """Put a store's tasks into the bank. Raises StoreError."""
-        self.bank.update(load_bank(store, self.geometry, self.device))
+        self.bank.loaded.limit = parse_size(expert_memory, "expert_memory")
+        self.bank.take(store)
 
-    def _take_up(self, store: Store) -> None:
-        """The state for further learning; with retention `live` it is what the tasks share."""
-        learner = self._new_learner()
+    def _take_up(self) -> None:
+        """The state for further learning of the store this model is from; with retention `live` tasks share it."""
+        if (store := self._left) is None:
+            return
+        before, learner = store.manifest, self._new_learner()
         with fitting(f"{store.path}: its state for further learning"):
             learner.restore(store.training())
-        if self.config.retention == "live":
-            for name, entry in self.bank.items():
-                parts = replace(entry.parts, shared=learner.shared, gate=learner.gate or entry.parts.gate)
-                self.bank[name] = replace(entry, parts=parts)
-        self.learner = learner
+        if store.manifest != before:
+            raise StoreError(f"{store.path}: was changed after this model was loaded; load it again to learn on")
+        self.learner, self.bank.moving, self._left = learner, learner.moving(), None
 
 
 def last_real(attention_mask: Tensor) -> Tensor:

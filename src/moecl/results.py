@@ -26,7 +26,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        # R has a million cells after a thousand tasks: what is plain already is not looked at twice.
+        return [one if one is None or (type(one) is float and math.isfinite(one)) else _plain(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -91,8 +92,15 @@ class Result(BaseModel):
         Raises:
             RunError: it cannot be written.
         """
-        text = json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, ensure_ascii=False, allow_nan=False)
-        atomic_write(Path(path), text.encode() + b"\n")
+        fields = self.model_dump(mode="json", by_alias=True)
+        written = {
+            key: json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+            for key, value in fields.items()
+            if key != "R"
+        }
+        written["R"] = "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in self.R) + "\n]"
+        text = ",\n".join(f"{json.dumps(key)}: {written[key]}" for key in fields)
+        atomic_write(Path(path), f"{{\n{text}\n}}\n".encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

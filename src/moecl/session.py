@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from moecl._sizes import EXPERT_MEMORY
 from moecl.backbone import Backbone, load_backbone, resolve_device, resolve_precision
 from moecl.bank import Entry, check_same_base, fitting
 from moecl.config import MoECLConfig, StreamConfig, Task, TaskConfig
@@ -84,8 +85,10 @@ class Progress:
 class Session:
     """One process's work on a run, which holds the run's lock."""
 
-    def __init__(self, config: StreamConfig, folder: RunFolder, watcher: Watcher) -> None:
-        self.started = time.monotonic()
+    def __init__(
+        self, config: StreamConfig, folder: RunFolder, watcher: Watcher, expert_memory: int = EXPERT_MEMORY
+    ) -> None:
+        self.started, self.expert_memory = time.monotonic(), expert_memory
         self.folder, self.watcher = folder, watcher
         self.config = resolve(config, watcher)
         self.progress = Progress(**folder.progress())
@@ -93,7 +96,8 @@ class Session:
         train = self.config.train
         torch.set_num_threads(train.threads or torch.get_num_threads())
         store = Store.open(folder.store) if Store.exists(folder.store) else None
-        self.courses = [self._read(task, store) for task in self.config.tasks]  # faults in data show first
+        learned = {record.name: record for record in store.tasks()} if store else {}
+        self.courses = [self._read(task, learned.get(task.name)) for task in self.config.tasks]  # faults in data first
         backbone = load_backbone(config.base, train.precision, train.device, watcher.fetching)
         assert backbone.tokenizer is not None
         self.tokenizer = backbone.tokenizer
@@ -109,11 +113,10 @@ class Session:
             self.model.gradient_checkpointing_enable()
         self._take_up()
 
-    def _read(self, config: TaskConfig, store: Store | None) -> Course:
+    def _read(self, config: TaskConfig, learned: TaskRecord | None) -> Course:
         """A task still to learn with all its rows; of a learned one the test rows, if they are still the same."""
         wanted = self.progress.versions.get(config.name, 1)
-        learned = [record for record in store.tasks() if record.name == config.name] if store else []
-        if not learned or learned[0].version < wanted:
+        if learned is None or learned.version < wanted:
             data = load_task_data(config)
             update = {
                 "head": data.task.head or self.config.head,
@@ -127,7 +130,7 @@ class Session:
                 f"{self.folder.path}: its store has task {config.name!r}, but neither result.json nor progress.json "
                 "tells of it; restore the one that is missing"
             )
-        course = Course(learned[0].task)
+        course = Course(learned.task)
         if config.test is not None:
             try:
                 split = read_split(config.test, course.task, config.limit.test, "test")
@@ -175,16 +178,14 @@ class Session:
 
     def _take_up(self) -> None:
         """The tasks that the store has, and the method's state after them."""
-        self.model.load_tasks(self.store)
+        self.model.load_tasks(self.store, self.expert_memory)
         if self.model.bank:
             with fitting(f"{self.store.path}: its state for further learning"):
                 self.method.restore(self.store.training())
-        to_learn = {course.name for course in self.courses if course.data is not None}
-        self.model.bank = {
-            name: Entry(entry.task, self.method.adopt(entry.parts))
-            for name, entry in self.model.bank.items()
-            if name not in to_learn
-        }
+        self.model.bank.moving = self.method.moving()
+        for course in self.courses:
+            if course.data is not None:
+                self.model.bank.pop(course.name, None)
 
     def environment(self) -> dict[str, Any]:
         train = self.config.train
@@ -208,15 +209,23 @@ class Session:
             self.watcher.note(f"going on: {len(self.model.bank)} of {len(self.courses)} tasks are learned")
         earlier = progress.seconds
         for number in range(len(self.courses) + 1):
-            if number and self.courses[number - 1].name not in self.model.bank:
-                self._learn_one(self.courses[number - 1])
-            if len(progress.R) == number:
-                self._evaluate_row(number)
-            elif number == len(self.courses) - 1:
-                self._look_ahead(self.courses[-1])
-            progress.seconds = earlier + time.monotonic() - self.started
-            self.folder.save_progress(vars(progress))
+            if self._advance(number):
+                progress.seconds = earlier + time.monotonic() - self.started
+                self.folder.save_progress(vars(progress))
         return self._finish()
+
+    def _advance(self, number: int) -> bool:
+        """Learn the `number`-th task and measure its row of R; whether anything was left to do."""
+        course = self.courses[number - 1] if number else None
+        learns = course is not None and course.name not in self.model.bank
+        if course is not None and learns:
+            self._learn_one(course)
+        if measures := len(self.progress.R) == number:
+            self._evaluate_row(number)
+        elif ahead := number == len(self.courses) - 1:
+            self._look_ahead(self.courses[-1])
+            return ahead
+        return learns or measures
 
     def _learn_one(self, course: Course) -> None:
         begun, name = time.monotonic(), course.name
@@ -248,7 +257,8 @@ class Session:
             },
         )
         self.store.commit([(record, finished.tensors)], training=self.method.export(), moved=finished.moved or None)
-        self.model.bank[name] = Entry(course.task, self.method.adopt(finished.parts))
+        self.model.bank.take(self.store, [self.store.record(name)])
+        course.data, course.train, course.validation = None, [], []
         shutil.rmtree(self.folder.checkpoints / name, ignore_errors=True)
 
     def engine(self, bank: Mapping[str, Entry] | None = None) -> Engine:
@@ -300,8 +310,8 @@ class Session:
 
     def _finish(self) -> Result:
         names = [course.name for course in self.courses]
-        for name in names:
-            sizes = self.store.bytes(name)
+        digests = {record.name: dict(record.parts) for record in self.store.tasks()}
+        for name, sizes in self.store.bytes().items():
             self.progress.details[name] |= {"bytes": sizes.own, "shared_bytes": sizes.shared}
         result = Result(
             name=self.config.name or self.folder.path.name,
@@ -315,7 +325,7 @@ class Session:
             },
             details=self.progress.details,
             environment=self.environment(),
-            digests={name: self.store.digests(name) for name in names},
+            digests={name: digests[name] for name in names},
             resumed=self.progress.resumed,
         )
         self.folder.finish(result)

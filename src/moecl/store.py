@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor, contiguous_format
 
 from moecl._atomic import atomic_write, lock_file, one_line, remove_drafts, sync_folder
+from moecl._card import model_card
 from moecl._manifest import FORMAT, HEX, BaseInfo, Manifest, TaskRecord, parse_manifest
 from moecl.errors import StoreError
 
@@ -72,6 +75,7 @@ class Store:
         self.readonly = readonly
         self._threads = threading.RLock()
         self._locked = False
+        self._whole: set[str] = set()  # objects that were hashed
         self.refresh()
 
     @classmethod
@@ -151,32 +155,55 @@ class Store:
         """The sha256 of each part that the task's answers depend on. Raises `TaskError`."""
         return dict(self.record(name).parts)
 
-    def bytes(self, name: str) -> ObjectBytes:
-        """Bytes of the objects the task needs of its own, and together with other tasks. Raises `TaskError`."""
-        needed = set(self.record(name).parts.values())
-        others = {digest for record in self.tasks() if record.name != name for digest in record.parts.values()}
-        return ObjectBytes(own=self._size(needed - others), shared=self._size(needed & others))
+    def bytes(self) -> dict[str, ObjectBytes]:
+        """For each task, bytes of the objects that it needs of its own, and together with other tasks."""
+        needed = {record.name: set(record.parts.values()) for record in self.tasks()}
+        users = Counter(digest for digests in needed.values() for digest in digests)
+        return {
+            name: ObjectBytes(
+                own=self._size(digest for digest in digests if users[digest] == 1),
+                shared=self._size(digest for digest in digests if users[digest] > 1),
+            )
+            for name, digests in needed.items()
+        }
+
+    def size(self, digest: str) -> int | None:
+        """Bytes of an object, which is not read; None where it is missing."""
+        try:
+            return os.stat(f"{self.path}/objects/{digest}.safetensors").st_size
+        except OSError:
+            return None
 
     def read(self, digest: str, expect: Mapping[str, Sequence[int]] | None = None) -> dict[str, Tensor]:
-        """The tensors of an object, on the CPU, after its bytes were hashed.
+        """The tensors of an object, on the CPU, after its bytes were hashed; memory-mapped: copy what is to stay.
 
         `expect`: the names and shapes it must have. Raises `StoreError` for a missing, truncated or altered object,
         and for a missing or unexpected tensor.
         """
-        if not HEX.fullmatch(digest):  # nothing else may reach the file system
-            raise StoreError(f"{self.path}: {digest!r:.80} is not a sha256 in hexadecimal")
-        tensors = _read(self._object(digest), digest, _in_words(self.manifest.users(digest)))
+        tensors = self._mapped(digest, again=True)
         if expect is not None:
             _compare(self._object(digest), tensors, expect)
         return tensors
 
+    def read_again(self, digest: str) -> dict[str, Tensor]:
+        """As `read`, but an object that this `Store` has hashed before is not hashed again."""
+        return self._mapped(digest, again=False)
+
+    def _mapped(self, digest: str, again: bool) -> dict[str, Tensor]:
+        if not HEX.fullmatch(digest):  # nothing else may reach the file system
+            raise StoreError(f"{self.path}: {digest!r:.80} is not a sha256 in hexadecimal")
+        known = digest in self._whole and not again
+        tensors = _read(self._object(digest), None if known else digest, lambda: _in_words(self.manifest.users(digest)))
+        self._whole.add(digest)
+        return tensors
+
     def training(self) -> dict[str, dict[str, Tensor]]:
-        """The newest state for further learning, by name. Raises `StoreError`."""
+        """The newest state for further learning, by name; memory-mapped as in `read`. Raises `StoreError`."""
         while True:
             digests = self.manifest.training
             try:
                 return {
-                    name: _read(self._training(name, digest), digest, f"further learning ({name})")
+                    name: _read(self._training(name, digest), digest, partial("further learning ({})".format, name))
                     for name, digest in digests.items()
                 }
             except StoreError:  # a writer may have replaced it under this reader
@@ -236,8 +263,9 @@ class Store:
     def write_card(self, result_markdown: str = "") -> None:
         """README.md, a model card for people and for the hub; `result_markdown` goes under its heading Result."""
         with self.lock():
-            card = _card(self, result_markdown).encode()
-            atomic_write(self.path / "README.md", card, tmp=self.path / "tmp", error=StoreError)
+            sizes = {name: sum(found) for name, found in self.bytes().items()}
+            card = model_card(self.manifest, sizes, result_markdown)
+            atomic_write(self.path / "README.md", card.encode(), tmp=self.path / "tmp", error=StoreError)
 
     def _object(self, digest: str) -> Path:
         return self.path / "objects" / f"{digest}.safetensors"
@@ -318,26 +346,32 @@ def _in_words(users: list[str]) -> str:
     return ", ".join(users[:2]) + more if users else "no task"
 
 
-def _read(path: Path, digest: str, users: str) -> dict[str, Tensor]:
-    """The tensors of the file `path`, whose sha256 is `digest`. Raises `StoreError`."""
+def _read(path: Path, digest: str | None, users: Callable[[], str]) -> dict[str, Tensor]:
+    """The tensors of the file `path`, mapped; its sha256 must be `digest`, if given. Raises `StoreError`."""
     try:
-        data = path.read_bytes()
-    except FileNotFoundError as cause:
-        raise StoreError(f"{path}: missing; needed by {users}; {REMEDY}") from cause
-    except OSError as cause:
-        raise StoreError(
-            f"{path}: not readable ({cause.strerror}); needed by {users}; change its permissions"
-        ) from cause
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest:
-        raise StoreError(f"{path}: {_damage(data)}: its sha256 is {found}, not {digest}; needed by {users}; {REMEDY}")
-    try:
-        return safetensors.torch.load(data)
+        if digest is not None:
+            _check(path, digest, users)
+        return safetensors.torch.load_file(path)
+    except (OSError, RuntimeError) as cause:  # RuntimeError: how torch says that it cannot map
+        if not path.exists():
+            raise StoreError(f"{path}: missing; needed by {users()}; {REMEDY}") from cause
+        reason = getattr(cause, "strerror", None) or str(cause).partition("\n")[0]
+        raise StoreError(f"{path}: not readable ({reason}); needed by {users()}; change its permissions") from cause
     except (SafetensorError, KeyError) as cause:
-        raise StoreError(f"{path}: not a safetensors file ({cause}); needed by {users}; {REMEDY}") from cause
+        raise StoreError(f"{path}: not a safetensors file ({cause}); needed by {users()}; {REMEDY}") from cause
 
 
-def _damage(data: bytes) -> str:
+def _check(path: Path, digest: str, users: Callable[[], str]) -> None:
+    with path.open("rb") as file:
+        empty = os.fstat(file.fileno()).st_size == 0
+        with nullcontext(b"") if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            found = hashlib.sha256(data).hexdigest()
+            if found != digest:
+                what = f"{_damage(data)}: its sha256 is {found}, not {digest}"
+                raise StoreError(f"{path}: {what}; needed by {users()}; {REMEDY}")
+
+
+def _damage(data: bytes | mmap.mmap) -> str:
     """Truncated or altered, judged by the length that the header tells."""
     try:
         start = 8 + int.from_bytes(data[:8], "little")
@@ -361,41 +395,3 @@ def _compare(path: Path, tensors: Mapping[str, Tensor], expect: Mapping[str, Seq
             raise StoreError(
                 f"{path}: {name} has shape {found}, expected {list(shape)}; is it another model's? {REMEDY}"
             )
-
-
-def _card(store: Store, result_markdown: str) -> str:
-    base = store.manifest.base
-    # The hub takes ids only; a folder's name would be an invalid link.
-    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base.id)
-    rows = [
-        f"| {record.name} | {record.task.kind} | {', '.join(record.task.labels or ()).replace('|', chr(92) + '|')} "
-        f"| {record.task.metric} | {record.form} | {record.version} | {sum(store.bytes(record.name)):,} |"
-        for record in store.tasks()
-    ]
-    return "\n".join(
-        [
-            "---",
-            "library_name: moecl",
-            *([f"base_model: {base.id}"] if hub_id else []),
-            "tags: [continual-learning, mixture-of-experts, lora]",
-            "---",
-            "# A model that learned one task after another",
-            "",
-            f"Base: `{base.id}` ({base.model_type}, {base.dtype}, sha256 `{base.sha256}`), frozen. "
-            "This folder holds what was learned; it needs that base.",
-            "",
-            "| task | kind | labels | metric | form | version | bytes |",
-            "|---|---|---|---|---|---|---|",
-            *rows,
-            *(["", "## Result", "", result_markdown.strip()] if result_markdown.strip() else []),
-            "",
-            "## Use",
-            "",
-            "```python",
-            "from moecl import MoECL",
-            "",
-            'model = MoECL.from_pretrained("path/to/this/folder")',
-            "```",
-            "",
-        ]
-    )

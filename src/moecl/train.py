@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from moecl._sizes import EXPERT_MEMORY, parse_size
 from moecl.config import StreamConfig, TaskConfig
 from moecl.data.task import TaskData, load_task_data
 from moecl.errors import ConfigError, DataError, RunError, TaskError, TrainingError, near
@@ -17,11 +18,19 @@ __all__ = ["ContinualTrainer", "Watcher", "attach", "attach_method", "learn", "r
 class ContinualTrainer:
     """Learns `config.tasks` in order into `folder`; started again, it goes on where it was stopped.
 
-    `run` returns the result of a finished run at once. Raises the errors of errors.py; nothing learned is lost.
+    `run` returns the result of a finished run at once. `expert_memory` (bytes, or "2GB") bounds what stays in memory of
+    the learned tasks' experts. Raises the errors of errors.py; nothing learned is lost.
     """
 
-    def __init__(self, config: StreamConfig, folder: str | Path, watcher: Watcher | None = None) -> None:
+    def __init__(
+        self,
+        config: StreamConfig,
+        folder: str | Path,
+        watcher: Watcher | None = None,
+        expert_memory: int | str = EXPERT_MEMORY,
+    ) -> None:
         self.asked, self.folder, self.watcher = config, RunFolder(folder), watcher or Watcher()
+        self.expert_memory = parse_size(expert_memory, "expert_memory")
 
     def run(self) -> Result:
         with self.folder.lock():
@@ -29,11 +38,14 @@ class ContinualTrainer:
                 self.folder.check_same(self.asked)
                 if (result := self.folder.finished()) is not None:
                     return result
-                return Session(self.folder.config(), self.folder, self.watcher).learn_all(resumed=True)
+                return self._session(self.folder.config()).learn_all(resumed=True)
             self._check_free()
-            session = Session(self.asked, self.folder, self.watcher)
+            session = self._session(self.asked)
             self.folder.start(self.asked, session.config, session.environment())
             return session.learn_all(resumed=False)
+
+    def _session(self, config: StreamConfig) -> Session:
+        return Session(config, self.folder, self.watcher, self.expert_memory)
 
     def _check_free(self) -> None:
         """Refuse a folder with anything in it but what a killed first start has left, which is removed."""
@@ -47,23 +59,29 @@ class ContinualTrainer:
             shutil.rmtree(self.folder.store)
 
 
-def learn(folder: str | Path, task: TaskConfig, replace: bool = False, watcher: Watcher | None = None) -> Result:
+def learn(
+    folder: str | Path,
+    task: TaskConfig,
+    replace: bool = False,
+    watcher: Watcher | None = None,
+    expert_memory: int | str = EXPERT_MEMORY,
+) -> Result:
     """Teach a finished run one more task, or with `replace` a task whose rules changed, without the old data.
 
     Started again after a kill it goes on; after an error it may be given another task, or the same with other rows. A
     task learned again moves to the end of the order, and R is as if it had been the last: without its old row and
     column, the old rows null in the new one but for those that can still be measured (before any task, and just before
-    it). Its old version stays in the store.
+    it). Its old version stays in the store. `expert_memory` is as for `ContinualTrainer`.
 
     Raises TaskError for a name that is taken (or, with `replace`, is not), RunError for an unfinished run.
     """
-    run, watcher = RunFolder(folder), watcher or Watcher()
+    run, watcher, memory = RunFolder(folder), watcher or Watcher(), parse_size(expert_memory, "expert_memory")
     if not run.exists():
         run.config()
     with run.lock():
         if run.finished() is None:
             if goes_on(run, task):
-                return learn_newest(run, watcher, resumed=True)
+                return learn_newest(run, run.config(), watcher, memory, resumed=True)
             run.undo_reopen()
         config, result = run.config(), run.finished()
         assert result is not None
@@ -77,13 +95,13 @@ def learn(folder: str | Path, task: TaskConfig, replace: bool = False, watcher: 
         extended = StreamConfig(**{**fields, "tasks": tasks})
         load_task_data(task)  # a fault in the new data must not reopen the run
         run.reopen(extended, vars(progress), result)
-        return learn_newest(run, watcher, resumed=False)
+        return learn_newest(run, extended, watcher, memory, resumed=False)
 
 
-def learn_newest(run: RunFolder, watcher: Watcher, resumed: bool) -> Result:
+def learn_newest(run: RunFolder, config: StreamConfig, watcher: Watcher, memory: int, resumed: bool) -> Result:
     """Learn what is left; an error that would come again makes the run the finished one that it was."""
     try:
-        return Session(run.config(), run, watcher).learn_all(resumed)
+        return Session(config, run, watcher, memory).learn_all(resumed)
     except (ConfigError, DataError, TrainingError):
         if not has_newest(run):
             run.undo_reopen()

@@ -22,6 +22,7 @@ def learned(run: Path) -> list[dict[str, Any]]:
     """A row a task, its score that of the end of the run."""
     store, result = open_store(run), RunFolder(run).finished()
     last = dict(zip(result.tasks, result.R[-1], strict=True)) if result else {}
+    sizes = store.bytes()
     return [
         {
             "task": record.name,
@@ -30,14 +31,16 @@ def learned(run: Path) -> list[dict[str, Any]]:
             "labels": list(record.task.labels or ()),
             "metric": record.task.metric,
             "score": last.get(record.name),
-            "bytes": sum(store.bytes(record.name)),
+            "bytes": sum(sizes[record.name]),
             "parts": dict(record.parts),
         }
         for record in store.tasks()
     ]
 
 
-def answers(run: Path, file: Path | None, task: str | None, device: str) -> Iterator[list[dict[str, Any]]]:
+def answers(
+    run: Path, file: Path | None, task: str | None, device: str, expert_memory: str
+) -> Iterator[list[dict[str, Any]]]:
     """Labels and scores of the rows of a file or of standard input, in order, some rows at a time.
 
     Raises RunError, TaskError and DataError before the base is loaded where it can.
@@ -51,7 +54,7 @@ def answers(run: Path, file: Path | None, task: str | None, device: str) -> Iter
         from moecl.data.task import rows_from_lines
         from moecl.engine import Engine
 
-        engine = Engine(load(store, device))
+        engine = Engine(load(store, device, expert_memory))
         rows = rows_from_lines(chain([first], lines), engine.bank[name].task, "stdin" if file is None else str(file))
         for chunk in chunks(rows, 1 if file is None and sys.stdin.isatty() else STEP):
             yield [
@@ -63,7 +66,9 @@ def answers(run: Path, file: Path | None, task: str | None, device: str) -> Iter
             ]
 
 
-def scores(run: Path, names: Sequence[str], split: str, device: str, watcher: "Watcher") -> list[dict[str, Any]]:
+def scores(
+    run: Path, names: Sequence[str], split: str, device: str, expert_memory: str, watcher: "Watcher"
+) -> list[dict[str, Any]]:
     """The score of each named task (of all where none is named) on the split that the run's config.yaml names."""
     from moecl.data.task import read_split
     from moecl.engine import Engine
@@ -78,7 +83,7 @@ def scores(run: Path, names: Sequence[str], split: str, device: str, watcher: "W
         if source is None:
             raise DataError(f"task {name!r} has no {split} rows in {run / 'config.yaml'}; choose another --split")
         splits[name] = read_split(source, store.record(name).task, getattr(sources[name].limit, split), split)
-    engine = Engine(load(store, device), batch_tokens=config.train.eval_batch_tokens)
+    engine = Engine(load(store, device, expert_memory), batch_tokens=config.train.eval_batch_tokens)
     rows = []
     for done, (name, found) in enumerate(splits.items()):
         watcher.evaluating(len(names), name, done, len(names))
@@ -99,10 +104,10 @@ def open_store(run: Path) -> "Store":
     return Store.open(found, readonly=True)
 
 
-def load(store: "Store", device: str) -> "MoECL":
+def load(store: "Store", device: str, expert_memory: str) -> "MoECL":
     from moecl.model import MoECL
 
-    return MoECL.from_store(store, device=device)
+    return MoECL.from_store(store, device=device, expert_memory=expert_memory)
 
 
 def only_task(store: "Store") -> str:

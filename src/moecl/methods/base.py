@@ -64,9 +64,9 @@ class Method(ABC):
     def restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The inverse of `export`."""
 
-    def adopt(self, parts: Parts) -> Parts:
-        """The parts of a finished task as they are now: shared ones that move on are this method's own."""
-        return parts
+    def moving(self) -> dict[str, nn.Module]:
+        """Parts that move on under finished tasks, by their names in the store: what answers is these as they are."""
+        return {}
 
     def log(self) -> dict[str, float]:
         """Figures of the last step worth watching."""

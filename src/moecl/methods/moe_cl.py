@@ -12,7 +12,6 @@ published setting.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -46,11 +45,7 @@ class MoECLMethod(Method):
 
     def finish(self) -> Finished:
         parts = self.state.finish()
-        moved = {}
-        if self.config.retention == "live":
-            moved["shared"] = tensors(parts.shared)
-            if self.state.gate is not None:
-                moved["gate"] = tensors(parts.gate)
+        moved = {name: tensors(part) for name, part in self.moving().items()}
         settings = {"scale": parts.scale, **self.config.model_dump(exclude={"name"})}
         return Finished("gated", settings, to_tensors(parts), moved, parts)
 
@@ -60,10 +55,8 @@ class MoECLMethod(Method):
     def restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.state.restore(state)
 
-    def adopt(self, parts: Parts) -> Parts:
-        if self.config.retention == "exact":
-            return parts
-        return replace(parts, shared=self.state.shared, gate=self.state.gate or parts.gate)
+    def moving(self) -> dict[str, nn.Module]:
+        return self.state.moving()
 
     def log(self) -> dict[str, float]:
         adversary = self.state.adversary

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from moecl.nn.lora import Geometry
 
-MAX_DRAWN = 32  # old tasks drawn a step, so that a step costs the same at task 1000
+MAX_DRAWN = 32  # old tasks that a new one is told apart from, so that a step costs the same at task 1000
 DECAY = 0.9  # of the running moments: a window of about ten batches
 
 
@@ -42,12 +42,17 @@ def gradient_reversal(features: Tensor, alpha: float) -> Tensor:
 class Adversary(nn.Module):
     """A discriminator per layer, [N, D] with a row a task, and the Gaussian memory of finished tasks.
 
-    Call `grow` when a task begins, `loss` at each step and `remember` when the task is finished.
+    Call `grow` when a task begins, `loss` at each step and `remember` when the task is finished. In between only the
+    rows of the task under way and of at most MAX_DRAWN old ones are in use: they alone are trained, told apart and in
+    the state dict, which is what a step changes. All rows and the whole memory stay on the CPU.
     """
 
-    weight: Tensor  # [L, N, D]
+    rows: Tensor  # [L, N, D] of every task; those in use are put back by `remember`
     mean: Tensor  # [L, M, D], finished tasks
     variance: Tensor  # [L, M, D]
+    active: Tensor  # [K]: the tasks in use, in order, the newest last
+    weight: nn.Parameter  # [L, K, D]: their rows
+    moments: Tensor  # [2, L, K - 1, D]: mean and variance of the old ones among them
     running: Tensor  # [2, L, D]: decayed first and second moments of the current task's features
     running_weight: Tensor  # []
 
@@ -55,22 +60,27 @@ class Adversary(nn.Module):
         super().__init__()
         self.layer_ids, self.alpha, self.memory = geometry.layers, alpha, memory
         layers, width = len(geometry.layers), geometry.hidden_size
+        self.rows, self.mean, self.variance = (torch.zeros(layers, 0, width) for _ in range(3))
         self.weight = nn.Parameter(torch.zeros(layers, 0, width))
-        self.register_buffer("mean", torch.zeros(layers, 0, width))
-        self.register_buffer("variance", torch.zeros(layers, 0, width))
+        self.register_buffer("active", torch.zeros(0, dtype=torch.long))
+        self.register_buffer("moments", torch.zeros(2, layers, 0, width), persistent=False)
         self.register_buffer("running", torch.zeros(2, layers, width))
         self.register_buffer("running_weight", torch.zeros(()))
         self.accuracy: Tensor | None = None  # of the last step's real rows, for the log
 
     @property
     def classes(self) -> int:
-        return self.weight.shape[1]
+        return self.rows.shape[1]
 
-    def grow(self) -> None:
-        """One more class, its row 0; forget the running moments."""
-        layers, _, width = self.weight.shape
-        row = self.weight.new_zeros(layers, 1, width)
-        self.weight = nn.Parameter(torch.cat([self.weight.detach(), row], dim=1))
+    def grow(self, generator: torch.Generator) -> None:
+        """One more class, its row 0; choose the old ones it is told apart from; forget the running moments."""
+        self._put_back()
+        layers, old, width = self.rows.shape
+        self.rows = torch.cat([self.rows, self.rows.new_zeros(layers, 1, width)], dim=1)
+        chosen = torch.arange(old)
+        if old > MAX_DRAWN:
+            chosen = torch.randperm(old, generator=generator)[:MAX_DRAWN].sort().values
+        self._use(torch.cat([chosen, torch.tensor([old])]))
         self.running.zero_()
         self.running_weight.zero_()
 
@@ -83,40 +93,52 @@ class Adversary(nn.Module):
         self._track(p.detach())
         if self.classes < 2:
             return p.new_zeros(())
-        logits = gradient_reversal(p, self.alpha) @ self.weight.mT  # (L, B, N)
-        newest = torch.full(logits.shape[:2], self.classes - 1, device=p.device)
+        logits = gradient_reversal(p, self.alpha) @ self.weight.mT  # (L, B, K)
+        newest = torch.full(logits.shape[:2], len(self.active) - 1, device=p.device)
         self.accuracy = (logits.detach().argmax(-1) == newest).float().mean()
         total = F.cross_entropy(logits.flatten(0, 1), newest.flatten())
-        if self.memory and self.mean.shape[1]:
+        if self.memory and self.moments.shape[2]:
             drawn, tasks = self.draw(p.shape[1], generator)
             guesses = drawn @ self.weight.mT
             total = total + F.cross_entropy(guesses.flatten(0, 1), tasks.expand(len(drawn), -1).flatten())
         return total
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """`count` pseudo-features of at most MAX_DRAWN finished tasks: ([L, count, D], task ids [count])."""
-        known = self.mean.shape[1]
-        chosen = torch.randperm(known, generator=generator)[:MAX_DRAWN]
-        tasks = chosen.repeat(-(-count // len(chosen)))[:count].to(self.mean.device)
-        noise = torch.randn(self.mean.shape[0], count, self.mean.shape[2], generator=generator)
-        return self.mean[:, tasks] + self.variance[:, tasks].sqrt() * noise.to(self.mean.device), tasks
+        """`count` pseudo-features of the old tasks in use: ([L, count, D], their places in `active` [count])."""
+        mean, variance = self.moments
+        chosen = torch.randperm(mean.shape[1], generator=generator)
+        tasks = chosen.repeat(-(-count // len(chosen)))[:count].to(mean.device)
+        noise = torch.randn(mean.shape[0], count, mean.shape[2], generator=generator)
+        return mean[:, tasks] + variance[:, tasks].sqrt() * noise.to(mean.device), tasks
 
     def remember(self) -> None:
-        """Keep the current task's moments as those of a finished task."""
-        first, second = self.running / self.running_weight.clamp_min(1e-12)
+        """Put the rows in use back, and keep the current task's moments as those of a finished task."""
+        self._put_back()
+        self._use(torch.zeros(0, dtype=torch.long))
+        first, second = (self.running / self.running_weight.clamp_min(1e-12)).to(self.mean)
         self.mean = torch.cat([self.mean, first[:, None]], dim=1)
         self.variance = torch.cat([self.variance, (second - first.square()).clamp_min(0)[:, None]], dim=1)
+
+    def restore(self, rows: Tensor, mean: Tensor, variance: Tensor) -> None:
+        """Take up what was kept between two tasks: [L, N, D] each. Raises RuntimeError for another shape."""
+        layers, _, width = self.rows.shape
+        if not rows.shape == mean.shape == variance.shape == (layers, rows.shape[1], width):
+            shapes = [list(one.shape) for one in (rows, mean, variance)]
+            raise RuntimeError(f"size mismatch for the discriminator: {shapes}, not [{layers}, tasks, {width}]")
+        self.rows, self.mean, self.variance = rows, mean, variance
+
+    def _use(self, active: Tensor) -> None:
+        old = active[:-1]
+        old = old[old < self.mean.shape[1]]
+        device = self.weight.device
+        self.active = active.to(device)
+        self.weight = nn.Parameter(self.rows[:, active].to(self.weight))
+        self.moments = torch.stack([self.mean[:, old], self.variance[:, old]]).to(device)
+
+    def _put_back(self) -> None:
+        self.rows[:, self.active.cpu()] = self.weight.detach().to(self.rows)
 
     def _track(self, p: Tensor) -> None:
         moments = torch.stack([p.mean(dim=1), p.square().mean(dim=1)])  # (2, L, D)
         self.running.lerp_(moments, 1 - DECAY)
         self.running_weight.lerp_(self.running_weight.new_ones(()), 1 - DECAY)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
-        """Take the stored number of classes and finished tasks, which the fresh module cannot know."""
-        for name in ("mean", "variance"):
-            if (stored := state_dict.get(prefix + name)) is not None:
-                setattr(self, name, torch.zeros_like(stored, device=self.mean.device))
-        if (stored := state_dict.get(prefix + "weight")) is not None and stored.shape != self.weight.shape:
-            self.weight = nn.Parameter(torch.zeros_like(stored, device=self.weight.device))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

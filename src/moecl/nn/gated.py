@@ -61,7 +61,7 @@ class GatedLearner(nn.Module):
         self.task, self.head = fresh.task, fresh.head
         self.own_gate = None if self.gate is not None else fresh.gate
         if self.adversary is not None:
-            self.adversary.grow()
+            self.adversary.grow(seeded(self.seed, self.adversary.classes, "active"))
         self.requires_grad_(True)
         device = next(self.shared.parameters()).device
         self.to(device)
@@ -106,6 +106,12 @@ class GatedLearner(nn.Module):
         self.task = self.own_gate = self.head = None
         return finished
 
+    def moving(self) -> dict[str, nn.Module]:
+        """The parts that move on under finished tasks, by their names in the store."""
+        if self.config.retention == "exact":
+            return {}
+        return {"shared": self.shared} | ({} if self.gate is None else {"gate": self.gate})
+
     def export(self) -> dict[str, dict[str, Tensor]]:
         """What only further learning needs, by file of the store's training/ folder."""
         state: dict[str, dict[str, Tensor]] = {"shared": tensors(self.shared)}
@@ -113,25 +119,21 @@ class GatedLearner(nn.Module):
             state["gate"] = tensors(self.gate)
         if (adversary := self.adversary) is not None:
             layers = list(enumerate(adversary.layer_ids))
-            weight = adversary.weight.detach()
-            state["discriminator"] = {f"layers.{i}.discriminator": weight[n].cpu() for n, i in layers}
-            state["memory"] = {f"layers.{i}.mean": adversary.mean[n].cpu() for n, i in layers}
-            state["memory"] |= {f"layers.{i}.variance": adversary.variance[n].cpu() for n, i in layers}
+            state["discriminator"] = {f"layers.{i}.discriminator": adversary.rows[n] for n, i in layers}
+            state["memory"] = {f"layers.{i}.mean": adversary.mean[n] for n, i in layers}
+            state["memory"] |= {f"layers.{i}.variance": adversary.variance[n] for n, i in layers}
         return state
 
     def restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """The inverse of `export`; KeyError or RuntimeError where the state is not of this configuration."""
-        flat = {f"shared.{name}": tensor for name, tensor in state["shared"].items()}
+        self.shared.load_state_dict(dict(state["shared"]))
         if self.gate is not None:
-            flat |= {f"gate.{name}": tensor for name, tensor in state["gate"].items()}
-        if self.adversary is not None:
-            ids = self.adversary.layer_ids
-            flat["adversary.weight"] = torch.stack([state["discriminator"][f"layers.{i}.discriminator"] for i in ids])
-            for name in ("mean", "variance"):
-                flat[f"adversary.{name}"] = torch.stack([state["memory"][f"layers.{i}.{name}"] for i in ids])
-            flat["adversary.running"] = torch.zeros_like(self.adversary.running)
-            flat["adversary.running_weight"] = torch.zeros(())
-        self.load_state_dict(flat)
+            self.gate.load_state_dict(dict(state["gate"]))
+        if (adversary := self.adversary) is not None:
+            ids = adversary.layer_ids
+            rows = torch.stack([state["discriminator"][f"layers.{i}.discriminator"] for i in ids])
+            memory = {name: [state["memory"][f"layers.{i}.{name}"] for i in ids] for name in ("mean", "variance")}
+            adversary.restore(rows, torch.stack(memory["mean"]), torch.stack(memory["variance"]))
 
 
 def frozen_copy(module: Any) -> Any:
@@ -151,18 +153,15 @@ def to_tensors(parts: Gated) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def from_tensors(geometry: Geometry, scale: float, found: Mapping[str, Mapping[str, Tensor]]) -> Gated:
-    """The inverse of `to_tensors`, frozen; RuntimeError where names or shapes are not this geometry's."""
-    head = None
-    if "head" in found:
-        weight = found["head"]["head"]
-        head = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        head.load_state_dict({"weight": weight})
-        freeze(head)
-    return Gated(
-        load_expert(geometry, found["shared"]),
-        load_expert(geometry, found["task"]),
-        load_gate(geometry, found["gate"]),
-        scale,
-        head,
-    )
+def from_tensors(geometry: Geometry, part: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """One part of `to_tensors`, a frozen copy; RuntimeError or KeyError where names or shapes are not this geometry's.
+
+    A copy, since how kernels round depends on the alignment of what they read, which a file does not keep.
+    """
+    if part == "gate":
+        return load_gate(geometry, tensors)
+    if part != "head":
+        return load_expert(geometry, tensors)
+    head = nn.Linear(geometry.hidden_size, tensors["head"].shape[0], bias=False)
+    head.load_state_dict({"weight": tensors["head"]})
+    return freeze(head)

@@ -1,0 +1,45 @@
+"""A store's README.md: a model card for people and for the hub."""
+
+import re
+from collections.abc import Mapping
+
+from moecl._manifest import Manifest
+
+
+def model_card(manifest: Manifest, sizes: Mapping[str, int], result_markdown: str) -> str:
+    """`sizes`: bytes of each task; `result_markdown` goes under its heading Result."""
+    base = manifest.base
+    # The hub takes ids only; a folder's name would be an invalid link.
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base.id)
+    rows = [
+        f"| {record.name} | {record.task.kind} | {', '.join(record.task.labels or ()).replace('|', chr(92) + '|')} "
+        f"| {record.task.metric} | {record.form} | {record.version} | {sizes[record.name]:,} |"
+        for record in manifest.current()
+    ]
+    return "\n".join(
+        [
+            "---",
+            "library_name: moecl",
+            *([f"base_model: {base.id}"] if hub_id else []),
+            "tags: [continual-learning, mixture-of-experts, lora]",
+            "---",
+            "# A model that learned one task after another",
+            "",
+            f"Base: `{base.id}` ({base.model_type}, {base.dtype}, sha256 `{base.sha256}`), frozen. "
+            "This folder holds what was learned; it needs that base.",
+            "",
+            "| task | kind | labels | metric | form | version | bytes |",
+            "|---|---|---|---|---|---|---|",
+            *rows,
+            *(["", "## Result", "", result_markdown.strip()] if result_markdown.strip() else []),
+            "",
+            "## Use",
+            "",
+            "```python",
+            "from moecl import MoECL",
+            "",
+            'model = MoECL.from_pretrained("path/to/this/folder")',
+            "```",
+            "",
+        ]
+    )

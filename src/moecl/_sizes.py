@@ -1,0 +1,36 @@
+"""Sizes of memory as people write them."""
+
+import re
+
+from moecl.errors import ConfigError
+
+EXPERT_MEMORY = 2 * 10**9  # bytes; some 150 tasks of a small base, and no burden to a laptop
+UNITS = {
+    "b": 1,
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)},
+    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", start=1)},
+    **{prefix: 1000**power for power, prefix in enumerate("kmgt", start=1)},
+}
+REMEDY = "write a number and a unit without a space, such as 2GB or 512MB"
+
+
+def parse_size(value: str | int, field: str) -> int:
+    """Bytes, of a number of them or of a text such as 2GB, 1.5GiB or 512M. Raises ConfigError that names `field`.
+
+    >>> parse_size("2GB", "--expert-memory"), parse_size("1.5 kib", "--expert-memory"), parse_size(7, "expert_memory")
+    (2000000000, 1536, 7)
+    """
+    if isinstance(value, int):
+        count = value
+    else:
+        found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)\s*", value)
+        if found is None:
+            raise ConfigError(f"{field}: {value!r:.60} is no size; {REMEDY}")
+        number, unit = found.groups()
+        if unit.lower() not in UNITS and float(number):
+            what = f"has the unknown unit {unit!r:.60}" if unit else "has no unit"
+            raise ConfigError(f"{field}: {value!r:.60} {what}; {REMEDY}")
+        count = int(float(number) * UNITS.get(unit.lower(), 1))
+    if count <= 0:
+        raise ConfigError(f"{field}: {value!r:.60} leaves no room for an expert; {REMEDY}")
+    return count
