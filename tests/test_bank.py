@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moecl import store as store_module
-from moecl.bank import Entry, Loaded, modules, size
+from moecl.bank import Entry, Loaded, Packs, modules, size
 from moecl.config import MoECLConfig
 from moecl.errors import ConfigError, StoreError
 from moecl.model import MoECL
@@ -35,7 +35,8 @@ def load(path: Path, memory: int | str = "1GB") -> MoECL:
 
 
 def task_bytes(model: MoECL) -> int:
-    return sum(size(module) for module in modules(model.bank["a"].parts))
+    parts = model.bank["a"].parts
+    return sum(size(part) for part in [*modules(parts), parts.packs])
 
 
 @pytest.fixture
@@ -89,11 +90,11 @@ def test_bytes_loads_and_evictions_are_counted(path):
     assert (found.bytes, found.loads, found.evictions) == (2 * one, 6, 0)
     model(**BATCH, task="a")  # now b is what was not used for longest
     model(**BATCH, task="c")
-    assert (found.bytes, found.loads, found.evictions) == (2 * one, 9, 3)
+    assert (found.bytes, found.loads, found.evictions) == (2 * one, 9, 4)
     model(**BATCH, task="a")
     assert found.loads == 9
     model(**BATCH, task="b")
-    assert (found.bytes, found.loads, found.evictions) == (2 * one, 12, 6)
+    assert (found.bytes, found.loads, found.evictions) == (2 * one, 12, 8)
 
 
 def test_what_a_call_holds_is_not_loaded_twice():
@@ -205,7 +206,8 @@ def test_what_tasks_share_is_held_once(tmp_path, reads, gate):
     assert len({id(one.gate) for one in parts}) == (1 if gate == "shared" else 6)
     assert len(reads) == 1 + 6 + (1 if gate == "shared" else 6)
     distinct = {id(module): size(module) for one in parts for module in modules(one)}
-    assert model.bank.loaded.bytes == sum(distinct.values())
+    packs = {id(one.packs): size(one.packs) for one in parts if isinstance(one.packs, Packs)}
+    assert model.bank.loaded.bytes == sum(distinct.values()) + sum(packs.values())
 
 
 def test_what_moves_on_takes_the_stored_ones_place(tmp_path, reads):

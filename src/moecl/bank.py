@@ -2,11 +2,11 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -15,12 +15,26 @@ from torch import Tensor, nn
 from moecl._sizes import EXPERT_MEMORY
 from moecl.config import MoECLConfig, Task
 from moecl.errors import BaseError, StoreError, TaskError, near
+from moecl.nn.fused import Packed
 from moecl.nn.gated import from_tensors, to_tensors
 from moecl.nn.lora import Expert, Gate, Geometry
 from moecl.nn.moe_ffn import Gated
 from moecl.store import BaseInfo, Store, TaskRecord, encode
 
-Key = tuple[str, str]  # what an object is read as, and its digest
+Key = tuple[str, ...]  # what an object is read as, and its digest
+
+
+class Packs(dict[Hashable, Packed]):
+    """A task's matrices as the fast path reads them; they count with all the bytes that they can come to."""
+
+    def __init__(self, parts: Gated, itemsize: int) -> None:
+        super().__init__()
+        self.bytes = itemsize * sum(
+            p.numel() for part in (parts.shared, parts.task, parts.gate) for p in part.parameters()
+        )
+
+
+Part = TypeVar("Part", bound=nn.Module | Packs)
 
 
 class Entry:
@@ -48,23 +62,23 @@ class Loaded:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.bytes, self.loads, self.evictions = limit, 0, 0, 0
-        self._kept: OrderedDict[Key, nn.Module] = OrderedDict()
-        self._living: WeakValueDictionary[Key, nn.Module] = WeakValueDictionary()
+        self._kept: OrderedDict[Key, nn.Module | Packs] = OrderedDict()
+        self._living: WeakValueDictionary[Key, nn.Module | Packs] = WeakValueDictionary()
 
-    def get(self, key: Key, load: Callable[[], nn.Module]) -> nn.Module:
+    def get(self, key: Key, load: Callable[[], Part]) -> Part:
         if key in self._kept:
             self._kept.move_to_end(key)
-            return self._kept[key]
-        module = self._living.get(key)
-        if module is None:
-            module = load()
-            self.loads += 1
-        self._kept[key] = self._living[key] = module
-        self.bytes += size(module)
+            return cast(Part, self._kept[key])
+        part = cast(Part | None, self._living.get(key))
+        if part is None:
+            part = load()
+            self.loads += isinstance(part, nn.Module)
+        self._kept[key] = self._living[key] = part
+        self.bytes += size(part)
         while self.bytes > self.limit:
             self.bytes -= size(self._kept.popitem(last=False)[1])
             self.evictions += 1
-        return module
+        return part
 
     def clear(self) -> None:
         self._kept.clear()
@@ -77,11 +91,13 @@ class Bank(MutableMapping[str, Entry]):
 
     Entries that are put in (those of tasks being learned) are kept as they are. A store's are read when they are used:
     an object that tasks share once for all of them, each hashed the first time. `memory` bounds what stays of them, in
-    bytes of tensors. `moving` are parts that take the place of those of tasks with retention live.
+    bytes of tensors, `itemsize` a number of the base's. `moving` are parts that take the place of those of tasks with retention live.
     """
 
-    def __init__(self, geometry: Geometry, device: torch.device, memory: int = EXPERT_MEMORY) -> None:
-        self.geometry, self.loaded = geometry, Loaded(memory)
+    def __init__(
+        self, geometry: Geometry, device: torch.device, memory: int = EXPERT_MEMORY, itemsize: int = 4
+    ) -> None:
+        self.geometry, self.loaded, self.itemsize = geometry, Loaded(memory), itemsize
         self.moving: Mapping[str, nn.Module] = {}
         self._entries: dict[str, Entry] = {}
         self._like = torch.empty(0, device=device)  # where loaded parts go, and in which dtype
@@ -130,6 +146,7 @@ class Bank(MutableMapping[str, Entry]):
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """What `nn.Module._apply` does: parts in memory are changed by `fn`, a store's as they are loaded again."""
         for parts in filter(None, (entry.held for entry in self._entries.values())):
+            parts.packs.clear()
             for module in modules(parts):
                 module._apply(fn)  # type: ignore[no-untyped-call]
         with self._lock:
@@ -137,9 +154,14 @@ class Bank(MutableMapping[str, Entry]):
             self.loaded.clear()
 
     def _parts(self, store: Store, record: TaskRecord) -> Gated:
+        scale = float(record.settings["scale"])  # type: ignore[arg-type]
         with self._lock:
             found: dict[str, Any] = {part: self._part(store, record, part) for part in record.parts}
-        return Gated(scale=float(record.settings["scale"]), **found)  # type: ignore[arg-type]
+            parts = Gated(scale=scale, **found)
+            if not parts.frozen or (record.live and self.moving):
+                return parts
+            key = ("packs", str(scale), *(record.parts[part] for part in sorted(record.parts)))
+            return parts.keeping(self.loaded.get(key, lambda: Packs(parts, self.itemsize)))
 
     def _part(self, store: Store, record: TaskRecord, part: str) -> nn.Module:
         if record.live and part in self.moving:
@@ -155,8 +177,10 @@ class Bank(MutableMapping[str, Entry]):
             return self.loaded.get((read_as, digest), load)
 
 
-def size(module: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in module.parameters())
+def size(part: nn.Module | Packs) -> int:
+    if isinstance(part, Packs):
+        return part.bytes
+    return sum(tensor.numel() * tensor.element_size() for tensor in part.parameters())
 
 
 def object_sizes(geometry: Geometry, rank: Any, labels: int) -> dict[str, int]:

@@ -67,7 +67,7 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
             self.base.train(self._before[0])
             raise
         self.base.requires_grad_(False)
-        self.bank = Bank(self.geometry, self.device)
+        self.bank = Bank(self.geometry, self.device, itemsize=self.base.dtype.itemsize)
         self.learner: GatedLearner | None = None
         self._left: Store | None = None  # its state for further learning is not taken up yet
         self._open: str | None = None

@@ -39,6 +39,11 @@ class Gated:
     head: nn.Linear | None = None  # [labels, D]; None where the language model answers
     packs: dict[Hashable, Packed] = field(init=False, repr=False, compare=False, default_factory=dict)
 
+    def keeping(self, packs: dict[Hashable, Packed]) -> "Gated":
+        """The same parts, whose packed matrices are kept in `packs`, by who loaded them."""
+        object.__setattr__(self, "packs", packs)
+        return self
+
     @cached_property
     def frozen(self) -> bool:
         return not any(p.requires_grad for part in (self.shared, self.task, self.gate) for p in part.parameters())
