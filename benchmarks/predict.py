@@ -21,11 +21,12 @@ from moecl import Engine, MoECL, MoECLConfig, Store
 from moecl.backbone import Backbone, load_backbone, resolve_precision
 from moecl.data.encode import Encoded, collate, token_batches
 from moecl.engine import MAX_ROWS, Prediction, Request, last_only
+from moecl.errors import BaseError
 from moecl.nn.gated import to_tensors
 from moecl.nn.lora import Expert, Gate
 from moecl.nn.moe_ffn import Gated
 from moecl.store import TaskRecord
-from sides import AnswersOnly, labelled, peft_lora, stir, stir_parts, twin
+from sides import LABELS, AnswersOnly, labelled, peft_lora, stir, stir_parts, twin
 
 TARGETS = {
     "one_task_vs_base": {">=": 0.85},
@@ -80,6 +81,13 @@ def choose_tasks(rows: int, tasks: int) -> list[str]:
 def requests(engine: Engine, rows: Sequence[Encoded], names: Sequence[str]) -> list[Request]:
     entries = [engine.bank[name] for name in names]
     return [Request(entry, engine.encoder(entry.task), row) for entry, row in zip(entries, rows, strict=True)]
+
+
+def check_labels(engine: Engine) -> None:
+    """A label of several tokens would be read in more than one forward."""
+    encoder = engine.encoder(labelled(name_of(0)))
+    if any(len(tokens) > 1 for tokens in encoder.answers):
+        raise BaseError(f"--base: {' or '.join(LABELS)} takes several of its tokens; measure another base")
 
 
 def batches(engine: Engine, rows: Sequence[Encoded]) -> list[Batch]:
@@ -167,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"writing a store of {max(options.tasks)} tasks")
         model.load_tasks(write_store(model, Path(folder) / "store", max(options.tasks)))
         engine = Engine(model)
+        check_labels(engine)
         rows = make_rows(base.config.vocab_size, options.rows)
         for tasks in options.tasks:
             measure(report, engine, base, rows, tasks, options.rounds)

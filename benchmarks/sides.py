@@ -19,6 +19,7 @@ from moecl.nn.moe_ffn import Call, Gated, MoEFFN, current_call
 from moecl.nn.reference import reference
 
 PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
+LABELS = ["love", "bad"]  # a token each in most vocabularies
 STD = 0.02  # of weights that are to be something else than where they start
 
 Forward = Callable[[Tensor], Tensor]
@@ -86,8 +87,7 @@ def stir_parts(parts: Gated, seed: int = 0) -> None:
 
 
 def labelled(name: str) -> Task:
-    """A classification whose labels are a token each."""
-    return Task(name=name, kind="classification", labels=["good", "bad"])
+    return Task(name=name, kind="classification", labels=LABELS)
 
 
 def replace_ffns(model: MoECL, make: Callable[[MoEFFN], Forward]) -> MoECL:
