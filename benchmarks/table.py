@@ -1,0 +1,93 @@
+"""The measured numbers of docs/benchmarks.md, rendered from benchmarks/results/*.json so that they cannot drift.
+
+python benchmarks/table.py            print them
+python benchmarks/table.py --write    put them into docs/benchmarks.md
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from measure import met, run
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
+
+Result = dict[str, Any]
+
+
+def read_results(folder: Path = RESULTS) -> list[Result]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def render(results: Sequence[Result]) -> str:
+    """Every ratio against its target, the floors of a step, and where each benchmark ran."""
+    if not results:
+        return "Nothing is measured yet."
+    tables = [list(ratios(results)), *(list(floors(result)) for result in results), list(machines(results))]
+    return "\n\n".join("\n".join(lines) for lines in tables if lines)
+
+
+def ratios(results: Sequence[Result]) -> Iterator[str]:
+    yield "| benchmark | ratio | target | measured | quartiles | |"
+    yield "|---|---|---|---|---|---|"
+    for result in results:
+        targets, spreads = result["targets"], result["figures"].get("spread", {})
+        for name in sorted(result["ratios"], key=lambda name: name not in targets):
+            value, target = result["ratios"][name], targets.get(name)
+            wanted = " and ".join(f"{sign} {bound:g}" for sign, bound in (target or {}).items())
+            around = spreads.get(name)
+            between = f"{around['q1']:.3f} to {around['q3']:.3f}" if around else ""
+            verdict = "" if target is None else "met" if met(value, target) else "**missed**"
+            yield f"| {result['benchmark']} | `{name}` | {wanted} | {value:.3f} | {between} | {verdict} |"
+
+
+def floors(result: Result) -> Iterator[str]:
+    """How far each side's step is from what was counted, where a result has it."""
+    figures = result["figures"]
+    found = [name for name in figures if name.startswith("floor_")]
+    if found:
+        yield "| step | side | base GFLOP | LoRA GFLOP | FFN GB | floor s | measured s | measured / floor |"
+        yield "|---|---|---|---|---|---|---|---|"
+    for name in found:
+        floor, precision = figures[name], name.removeprefix("floor_")
+        for side in floor["lora_flops"]:
+            counted = [floor["base_flops"][side] / 1e9, floor["lora_flops"][side] / 1e9, floor["ffn_bytes"] / 1e9]
+            least, taken = floor[f"{side}_seconds"], figures[f"step_seconds_{precision}"][side]["median"]
+            numbers = " | ".join(f"{value:.3g}" for value in [*counted, least, taken, taken / least])
+            yield f"| {precision} | {side} | {numbers} |"
+
+
+def machines(results: Sequence[Result]) -> Iterator[str]:
+    for result in results:
+        where = result["environment"]
+        versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
+        precision = f", {where['precision']}" if "precision" in where else ""
+        yield (
+            f"- {result['benchmark']}: {where['date']}, {where['processor']}, {where['threads']} threads{precision}, "
+            f"{versions}, commit {where['commit']}"
+        )
+
+
+def placed(page: str, measured: str) -> str:
+    """The page with what stands between its marks replaced."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{measured}\n\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--write", action="store_true", help="put them into docs/benchmarks.md")
+    measured = render(read_results())
+    if made.parse_args(argv).write:
+        PAGE.write_text(placed(PAGE.read_text(), measured))
+    else:
+        print(measured)
+
+
+if __name__ == "__main__":
+    run(main)
