@@ -2,8 +2,9 @@
 
 A tiny random model on one thread, so that what grows with the tasks shows beside the work on one of them. The runs are
 real folders of which all but the last task are learned (experts drawn, not trained); `ContinualTrainer` learns the
-last one. No task has test rows: evaluating old tasks costs what there is to evaluate. Answers are those of one task,
-whose experts are read from disk anew each time.
+last one. The first task has no adversary, as there is one class; the second has all there is to a step. No task has
+test rows: evaluating old tasks costs what there is to evaluate. Answers are those of one task, whose experts are read
+from disk anew each time.
 """
 
 import argparse
@@ -37,7 +38,8 @@ from moecl.store import TaskRecord
 
 TARGETS = {"learn_500_vs_1": {">=": 0.9, "<=": 1.1}, "predict_500_vs_1": {">=": 0.9, "<=": 1.1}}
 WORDS = ("the", "a", "day", "cat", "tea", "sea", "warm", "cold", "good", "bad", "great", "poor", "fine", "sad")
-HIDDEN, WIDE, LAYERS, RANK = 64, 128, 4, 4
+HIDDEN, WIDE, LAYERS, RANK = 128, 384, 4, 4
+MAX_LENGTH = 64
 SMALL_MEMORY = 10**6  # of experts, in the process that uses every task
 
 
@@ -93,13 +95,13 @@ def write_rows(path: Path, count: int) -> Path:
 
 
 def text(draw: random.Random) -> str:
-    return " ".join(draw.choices(WORDS, k=draw.randint(6, 12)))
+    return " ".join(draw.choices(WORDS, k=draw.randint(30, 50)))
 
 
 def make_run(folder: Path, base: Path, rows: Path, tasks: int, epochs: int) -> None:
     """A run of `tasks` tasks of which only the last is still to be learned."""
     task = {"kind": "classification", "labels": ["good", "bad"], "train": str(rows), "instruction": "{text} is"}
-    train = {"epochs": epochs, "max_length": 48, "precision": "fp32", "device": "cpu", "report_to": []}
+    train = {"epochs": epochs, "max_length": MAX_LENGTH, "precision": "fp32", "device": "cpu", "report_to": []}
     config = StreamConfig(
         base=str(base),
         method={"name": "moe-cl", "rank": RANK},
@@ -126,7 +128,7 @@ def make_run(folder: Path, base: Path, rows: Path, tasks: int, epochs: int) -> N
 @torch.no_grad()
 def drawn(method: Method, task: TaskConfig, draw: torch.Generator) -> tuple[TaskRecord, dict[str, dict[str, Tensor]]]:
     """A finished task of random parts."""
-    settled = task.model_copy(update={"head": "lm", "max_length": 48})
+    settled = task.model_copy(update={"head": "lm", "max_length": MAX_LENGTH})
     method.begin(settled)
     for parameter in method.state.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.1)
@@ -155,12 +157,12 @@ def measure_learning(report: Report, folders: dict[int, Path], rounds: int) -> N
     sides = {str(tasks): learning(folder, rounds + 1) for tasks, folder in folders.items()}
     times = alternate(sides, rounds)
     report.seconds("learn_seconds", times)
-    few, *others = sides
+    *fewer, most = sides
     report.figures["seconds_a_task_known_before"] = {
-        many: (median(times[many]) - median(times[few])) / (int(many) - int(few)) for many in others
+        few: (median(times[most]) - median(times[few])) / (int(most) - int(few)) for few in fewer
     }
-    for many in others:
-        report.ratio(f"learn_{many}_vs_{few}", over(times[many], times[few]))
+    for few in fewer:
+        report.ratio(f"learn_{most}_vs_{few}", over(times[most], times[few]))
 
 
 def measure_answers(report: Report, base: Path, stores: dict[int, Store], rows: int, rounds: int) -> None:
@@ -188,9 +190,9 @@ def measure_answers(report: Report, base: Path, stores: dict[int, Store], rows: 
 
     times = alternate({str(n): answering(model) for n, model in models.items()}, rounds)
     report.seconds("predict_seconds", times)
-    few, *others = map(str, stores)
-    for many in others:
-        report.ratio(f"predict_{many}_vs_{few}", over(times[many], times[few]))
+    *fewer, most = map(str, stores)
+    for few in fewer:
+        report.ratio(f"predict_{most}_vs_{few}", over(times[most], times[few]))
 
 
 def sizes(stores: dict[int, Store]) -> dict[str, Any]:
@@ -237,8 +239,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def arguments() -> argparse.ArgumentParser:
     made = parser(__doc__ or "", rounds=5)
     made.set_defaults(threads=1)
-    made.add_argument("--tasks", type=counts, default=[1, 50, 500], metavar="N,N", help="numbers of tasks (1,50,500)")
-    made.add_argument("--rows", type=positive, default=2048, help="training rows of a task (%(default)s)")
+    made.add_argument("--tasks", type=counts, default=[1, 2, 500], metavar="N,N", help="numbers of tasks (1,2,500)")
+    made.add_argument("--rows", type=positive, default=1024, help="training rows of a task (%(default)s)")
     made.add_argument("--epochs", type=positive, default=3, help="passes over them (%(default)s)")
     made.add_argument("--answers", type=positive, default=256, help="rows to answer (%(default)s)")
     made.add_argument("--scratch", type=Path, metavar="DIR", help="where to write runs, 100 MB (the system's)")
