@@ -21,11 +21,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from measure import Report, Side, alternate, counts, over, parser, positive, run, say, start
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from measure import Report, Side, alternate, counts, over, parser, positive, run, say, start
 from moecl import ContinualTrainer, Engine, MoECL, MoECLConfig, Store, StreamConfig
 from moecl.backbone import load_backbone
 from moecl.config import TaskConfig, load_stream

@@ -44,7 +44,7 @@ class Learning:
     def __init__(self, loss: Callable[[], Tensor], trained: Iterable[nn.Parameter], model: nn.Module) -> None:
         self.loss, self.model = loss, model
         self.trained = list(trained)
-        self.optimizer = torch.optim.AdamW(self.trained, lr=LR)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=LR, fused=True)
 
     def step(self) -> None:
         torch.autograd.backward(self.loss())

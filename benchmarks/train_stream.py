@@ -119,7 +119,7 @@ class Published(Student):
     def study(self, course: Course) -> None:
         learner = Learner(self.model, self.method, course.task).train()
         groups = [group for group in self.method.groups().values() if group]
-        optimizer = torch.optim.AdamW([parameter for group in groups for parameter in group], lr=self.train.lr)
+        optimizer = torch.optim.AdamW([parameter for group in groups for parameter in group], lr=self.train.lr, fused=True)
         for batch in self.batches(course):
             torch.autograd.backward(learner(**batch)["loss"])
             for group in groups:
