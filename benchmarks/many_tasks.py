@@ -240,7 +240,7 @@ def arguments() -> argparse.ArgumentParser:
     made = parser(__doc__ or "", rounds=5)
     made.set_defaults(threads=1)
     made.add_argument("--tasks", type=counts, default=[1, 2, 500], metavar="N,N", help="numbers of tasks (1,2,500)")
-    made.add_argument("--rows", type=positive, default=1024, help="training rows of a task (%(default)s)")
+    made.add_argument("--rows", type=positive, default=640, help="training rows of a task (%(default)s)")
     made.add_argument("--epochs", type=positive, default=3, help="passes over them (%(default)s)")
     made.add_argument("--answers", type=positive, default=256, help="rows to answer (%(default)s)")
     made.add_argument("--scratch", type=Path, metavar="DIR", help="where to write runs, 100 MB (the system's)")
