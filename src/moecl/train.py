@@ -37,6 +37,7 @@ class ContinualTrainer:
             if self.folder.exists():
                 self.folder.check_same(self.asked)
                 if (result := self.folder.finished()) is not None:
+                    self.folder.clear()  # a kill may have come between the result and this
                     return result
                 return self._session(self.folder.config()).learn_all(resumed=True)
             self._check_free()

@@ -97,7 +97,7 @@ def test_what_is_saved_for_backward(family, dtype):
     ffn, parts, x = setting(family, dtype)
     a_token = HIDDEN + ways * WIDE + (2 * ways + 2) * RANK + 2 + 2
     packed = parts.packed(LAYER, ffn.ffn.projections, x)
-    matrices = sum(m.numel() for m in (packed.A_in, *packed.B_in, *packed.A_down, packed.B_down))
+    matrices = sum(m.numel() for m in (packed.A_in, packed.B_in, packed.A_down, packed.B_down))
     of_mean = ROWS * (WIDE + LENGTH + 3 * RANK)  # m, its low product and the tokens' shares
     assert saved_bytes(ffn, parts, x) <= (TOKENS * a_token + matrices + of_mean) * x.element_size()
 
@@ -143,7 +143,7 @@ def test_frozen_parts_are_packed_once_and_trained_ones_never():
     with run_with(Call((finished,))):
         y = ffn(x)
         (dx,) = torch.autograd.grad(y.sum(), x)
-    assert torch.equal(y, first)
+    torch.testing.assert_close(y, first)  # few tokens without gradients have kernels of their own
     assert dx.abs().max() > 0
     assert list(finished.packs.values()) == [packed]
     assert not replace(finished, scale=1.0).packs, "other parts have packs of their own"

@@ -20,35 +20,32 @@ from torch.autograd.function import once_differentiable
 
 from moecl.nn.ffn import FFN
 
-BLOCK_BYTES = 8 << 20  # of one [tokens, F] intermediate on a CPU: in the caches, and below malloc's mmap threshold
+BLOCK_BYTES = 5 << 19  # of one [tokens, F] intermediate on a CPU: in the caches, and below malloc's mmap threshold
+
+FEW = 32  # tokens: a step of decoding
 
 
 @dataclass(frozen=True)
 class Packed:
     """One layer's matrices as the function reads them, with a leading [B] where rows differ.
 
-    The P projections into the FFN are (gate, up) or (up,); experts come in the order (shared, task).
+    The P projections into the FFN are (gate, up) or (up,). Each comes twice, for the shared and the task expert.
     """
 
-    A_in: Tensor  # [.., 2 P r + 2, D]: c lora_A of each expert's projections, then the gate's rows
-    B_in: tuple[Tensor, ...]  # [.., r, F] each: lora_B' of each expert's projections
-    A_down: tuple[Tensor, Tensor]  # [.., r, F] each: c lora_A
-    B_down: Tensor  # [.., 2 r, D]
+    A_in: Tensor  # [.., 2 P r + 2, D]: c lora_A of projection by projection, then the gate's rows
+    B_in: Tensor  # [.., 2 P, r, F]: lora_B' in the same order
+    A_down: Tensor  # [.., 2, r, F]: c lora_A
+    B_down: Tensor  # [.., 2 r, D]: lora_B'
 
     @classmethod
     def stack(cls, rows: Sequence["Packed"]) -> "Packed":
         """One set of matrices a row."""
-        return cls(
-            torch.stack([one.A_in for one in rows]),
-            tuple(torch.stack(B) for B in zip(*(one.B_in for one in rows), strict=True)),
-            (torch.stack([one.A_down[0] for one in rows]), torch.stack([one.A_down[1] for one in rows])),
-            torch.stack([one.B_down for one in rows]),
-        )
+        return cls(*(torch.stack([getattr(one, name) for one in rows]) for name in cls.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What a forward leaves; `low` are x's rank-r products by expert and projection, the last the gate's logits."""
+    """What a forward leaves. `low` are x's rank-r products in the order of `A_in`, the last two the gate's logits."""
 
     y: Tensor  # [B, T, D]
     b: Tensor  # [B, T, 2]
@@ -64,70 +61,102 @@ def mixture(ffn: FFN, x: Tensor, packed: Packed, real: Tensor | None) -> tuple[T
     real [B, 1, T] holds each token's share in m, the mean of h_s; None where none is wanted.
     """
     if not torch.is_grad_enabled():
+        if real is None and x.shape[0] * x.shape[1] <= FEW:
+            y, b = run_few(ffn, x, packed)
+            return y, b, x.new_empty(0)
         found = run(ffn, x, packed, real)
         return found.y, found.b, found.m
-    matrices = (packed.A_in, *packed.A_down, packed.B_down, *packed.B_in)
+    matrices = packed.A_in, packed.B_in, packed.A_down, packed.B_down
     y, b, m = _Mixture.apply(ffn, real, x, *matrices)  # type: ignore[no-untyped-call]
     return y, b, m
 
 
 def run(ffn: FFN, x: Tensor, packed: Packed, real: Tensor | None) -> Pass:
+    """Block by block, expert by expert: what a kernel reads is what the last one has written."""
     pre = tuple(one for one in ffn.project(x) if one is not None)
     low = x @ packed.A_in.mT
-    precise = torch.promote_types(x.dtype, torch.float32)
-    b = torch.softmax(low[..., -2:], dim=-1, dtype=precise).to(x.dtype)
+    b = weights(low)
+    lows = low[..., :-2].chunk(2 * len(pre), dim=-1)
     low_d = x.new_empty(*x.shape[:2], packed.B_down.shape[-2])
     h, m = torch.empty_like(pre[-1]), x.new_empty(len(x) if real is not None else 0, 1, pre[-1].shape[-1])
-    lows = split(low, packed.B_in)
     for rows in blocks(h):
-        z_s, z_t = (moved(pre, lows, packed.B_in, expert, rows) for expert in (0, 1))
-        h_s, h_t = (ffn.hidden(z[0] if len(z) > 1 else None, z[-1]) for z in (z_s, z_t))
-        low_d[rows] = torch.cat([h_s @ of(packed.A_down[0], rows).mT, h_t @ of(packed.A_down[1], rows).mT], dim=-1)
-        torch.lerp(h_s, h_t, b[rows, :, 1:], out=h[rows])
+        experts = []
+        for expert in (0, 1):
+            ways = zip(pre, range(expert, len(lows), 2), strict=True)
+            z = [plus(one[rows], lows[at][rows], of(packed.B_in, at, rows)) for one, at in ways]
+            h_e = ffn.hidden(z[0] if len(z) > 1 else None, z[-1])
+            torch.mul(h_e @ of(packed.A_down, expert, rows).mT, b[rows, :, expert, None], out=half(low_d, expert)[rows])
+            experts.append(h_e)
+        torch.lerp(experts[0], experts[1], b[rows, :, 1:], out=h[rows])
         if real is not None:
-            m[rows] = real[rows] @ h_s
-    low_d *= spread(b, low_d)
+            m[rows] = real[rows] @ experts[0]
     return Pass(plus(ffn.down(h), low_d, packed.B_down), b, m, pre, low, low_d)
+
+
+def run_few(ffn: FFN, x: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+    """y and b for few tokens, where kernels cost more than what they compute: both experts go through each together."""
+    alike = packed.B_in.dim() == 3  # rows of one task: as one row of many tokens
+    x_ = x.flatten(0, 1) if alike else x
+    pre = [one for one in ffn.project(x_) if one is not None]
+    low = x_ @ packed.A_in.mT
+    b = weights(low)
+    into = low[..., :-2].view(*low.shape[:-1], *packed.B_in.shape[-3:-1]).transpose(-3, -2)  # (.., 2 P, T, r)
+    z = into @ packed.B_in  # (.., 2 P, T, F)
+    moved = z.chunk(len(pre), dim=-3)
+    for way, one in zip(moved, pre, strict=True):
+        way.add_(one.unsqueeze(-3))
+    h = ffn.hidden(moved[0] if len(pre) > 1 else None, moved[-1])  # (.., 2, T, F)
+    low_d = (h @ packed.A_down.mT).mul_(b.mT.unsqueeze(-1)).transpose(-3, -2).flatten(-2)  # (.., T, 2 r)
+    mixed = torch.lerp(h.select(-3, 0), h.select(-3, 1), b[..., 1:])
+    add = torch.addmm if alike else torch.baddbmm
+    return add(ffn.down(mixed), low_d, packed.B_down).view_as(x), b.view(*x.shape[:2], 2)
+
+
+def weights(low: Tensor) -> Tensor:
+    """b [.., 2] of the logits, which come last."""
+    precise = torch.promote_types(low.dtype, torch.float32)
+    return torch.softmax(low[..., -2:], dim=-1, dtype=precise).to(low.dtype)
 
 
 class _Mixture(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, ffn: FFN, real: Tensor | None, x: Tensor, A_in: Tensor, A_s: Tensor, A_t: Tensor, B_d: Tensor, *B_in
+        ctx, ffn: FFN, real: Tensor | None, x: Tensor, A_in: Tensor, B_in: Tensor, A_d: Tensor, B_d: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        done = run(ffn, x, Packed(A_in, B_in, (A_s, A_t), B_d), real)
-        ctx.ffn, ctx.real, ctx.width = ffn, real, len(done.pre)
-        ctx.save_for_backward(x, done.low, done.low_d, done.b, A_in, A_s, A_t, B_d, *B_in, *done.pre)
+        done = run(ffn, x, Packed(A_in, B_in, A_d, B_d), real)
+        ctx.ffn, ctx.real = ffn, real
+        ctx.save_for_backward(x, done.low, done.low_d, done.b, A_in, B_in, A_d, B_d, *done.pre)
         ctx.mark_non_differentiable(done.b)
         return done.y, done.b, done.m
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor, _: Tensor, dm: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
-        x, low, low_d, b, A_in, A_s, A_t, B_d, *rest = ctx.saved_tensors
-        B_in, pre = rest[: -ctx.width], rest[-ctx.width :]
+        x, low, low_d, b, A_in, B_in, A_d, B_d, *pre = ctx.saved_tensors
         *W_in, W_d = ctx.ffn.matrices()
         dh, dlow_d = dy @ W_d, dy @ B_d.mT  # (B, T, F), (B, T, 2 r)
-        dlow, db = torch.empty_like(low), torch.empty_like(b[..., 0])
-        lows, dlows, dlow_ds = split(low, B_in), split(dlow, B_in), dlow_d.chunk(2, dim=-1)
-        dpre = [torch.empty_like(one) for one in pre]
-        dA, dB = [torch.zeros_like(A_s), torch.zeros_like(A_t)], [torch.zeros_like(B) for B in B_in]
+        dlow, db, dpre = torch.empty_like(low), torch.empty_like(b[..., 0]), [torch.empty_like(one) for one in pre]
+        lows, dlows = (one[..., :-2].chunk(len(B_in), dim=-1) for one in (low, dlow))
+        dlow_ds = dlow_d.chunk(2, dim=-1)
+        dA, dB = torch.zeros_like(A_d), torch.zeros_like(B_in)
         for rows in blocks(dh):
             products = []
-            for expert, A_e in enumerate((A_s, A_t)):
-                h_e, through = activate(ctx.ffn, moved(pre, lows, B_in, expert, rows))
-                t = plus(dh[rows], dlow_ds[expert][rows], A_e)
+            for expert in (0, 1):
+                ways = range(expert, len(B_in), 2)
+                h_e, through = activate(
+                    ctx.ffn, [plus(one[rows], lows[at][rows], B_in[at]) for one, at in zip(pre, ways, strict=True)]
+                )
+                t = plus(dh[rows], dlow_ds[expert][rows], A_d[expert])
                 weight = b[rows, :, expert, None]
-                dA[expert] += outer(dlow_ds[expert][rows] * weight, h_e)
+                add_outer(dA[expert], dlow_ds[expert][rows] * weight, h_e)
                 products.append(h_e.mul_(t))
                 dh_e = t.mul_(weight)
                 if expert == 0 and ctx.real is not None:
                     dh_e.baddbmm_(ctx.real[rows].mT, dm[rows])
-                for place, grad in enumerate(through(dh_e)):
-                    at = expert * len(pre) + place
-                    dB[at] += outer(lows[at][rows], grad)
+                for at, total, grad in zip(ways, dpre, through(dh_e), strict=True):
+                    add_outer(dB[at], lows[at][rows], grad)
                     dlows[at][rows] = grad @ B_in[at].mT
-                    dpre[place][rows] = grad if expert == 0 else grad.add_(dpre[place][rows])
+                    total[rows].copy_(grad) if expert == 0 else total[rows].add_(grad)
             db[rows] = products[1].sub_(products[0]).sum(dim=-1)
         dlogit = b[..., 0] * b[..., 1] * db
         dlow[..., -2:] = torch.stack((-dlogit, dlogit), dim=-1)
@@ -136,7 +165,7 @@ class _Mixture(torch.autograd.Function):
             dx = dlow @ A_in
             for grad, W in zip(dpre, W_in, strict=True):
                 dx.flatten(0, 1).addmm_(grad.flatten(0, 1), W)
-        return None, None, dx, outer(dlow, x), *dA, outer(low_d, dy), *dB
+        return None, None, dx, outer(dlow, x), dB, dA, outer(low_d, dy)
 
 
 def activate(ffn: FFN, z: list[Tensor]) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
@@ -153,14 +182,6 @@ def activate(ffn: FFN, z: list[Tensor]) -> tuple[Tensor, Callable[[Tensor], list
     return value.clone() if len(z) == 1 else value * z[1], through
 
 
-def moved(
-    pre: Sequence[Tensor], lows: Sequence[Tensor], B_in: Sequence[Tensor], expert: int, rows: slice
-) -> list[Tensor]:
-    """An expert's projections: the base's, moved by its LoRAs."""
-    first = expert * len(pre)
-    return [plus(one[rows], lows[at][rows], of(B_in[at], rows)) for at, one in enumerate(pre, first)]
-
-
 def blocks(h: Tensor) -> Iterator[slice]:
     """Rows of [B, T, F] by as many as make a block: all at once on a GPU, where a launch costs more than a pass."""
     size = len(h)
@@ -170,13 +191,14 @@ def blocks(h: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def split(low: Tensor, B_in: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Rank-r products by expert and projection, without the gate's logits behind them."""
-    return torch.split(low, [*(B.shape[-2] for B in B_in), 2], dim=-1)[:-1]
+def of(matrices: Tensor, place: int, rows: slice) -> Tensor:
+    """One of a layer's matrices, for a block's rows where rows have their own."""
+    one = matrices.select(-3, place)
+    return one if one.dim() == 2 else one[rows]
 
 
-def of(matrix: Tensor, rows: slice) -> Tensor:
-    return matrix if matrix.dim() == 2 else matrix[rows]
+def half(low_d: Tensor, expert: int) -> Tensor:
+    return low_d.chunk(2, dim=-1)[expert]
 
 
 def plus(y: Tensor, low: Tensor, B: Tensor) -> Tensor:
@@ -186,11 +208,11 @@ def plus(y: Tensor, low: Tensor, B: Tensor) -> Tensor:
     return torch.addmm(y.flatten(0, 1), low.flatten(0, 1), B).view_as(y)
 
 
+def add_outer(total: Tensor, low: Tensor, y: Tensor) -> None:
+    """`total += low' y`, summed over tokens: [r, out]."""
+    total.addmm_(low.flatten(0, 1).mT, y.flatten(0, 1))
+
+
 def outer(low: Tensor, y: Tensor) -> Tensor:
     """`low' y`, summed over tokens: [r, out]."""
     return low.flatten(0, 1).mT @ y.flatten(0, 1)
-
-
-def spread(b: Tensor, low_d: Tensor) -> Tensor:
-    """The weights [B, T, 2] over each expert's half of [B, T, 2 r]."""
-    return b.repeat_interleave(low_d.shape[-1] // 2, dim=-1)

@@ -166,9 +166,8 @@ class MoEFFN:
         packed = packed_rows(call, self.layer, self.ffn.projections, x)
         y, b, m = mixture(self.ffn, x, packed, None if call.features is None else token_shares(call, x))
         if call.features is not None:
-            rank = packed.B_down.shape[-2] // 2
-            low = m @ packed.A_down[0].mT
-            call.features[self.layer] = plus(self.ffn.down(m), low, packed.B_down[..., :rank, :])[:, 0]
+            A_s, B_s = packed.A_down[0], packed.B_down[: packed.A_down.shape[1]]
+            call.features[self.layer] = plus(self.ffn.down(m), m @ A_s.mT, B_s)[:, 0]
         if call.gate_use is not None:
             call.gate_use[self.layer] = b[..., 1]
         return y
@@ -219,14 +218,14 @@ def token_shares(call: Call, x: Tensor) -> Tensor:
 
 def pack(parts: Gated, layer: int, projections: Sequence[str], like: Tensor, rank: int) -> Packed:
     """The matrices of a layer as the fast path reads them; lower ranks are filled up with zeros, which add nothing."""
-    ways = [(expert, name) for expert in (parts.shared, parts.task) for name in projections if name != "down_proj"]
-    pairs = [fill(_pair(expert, layer, name, like), rank) for expert, name in ways]
-    down = [fill(_pair(expert, layer, "down_proj", like), rank) for expert in (parts.shared, parts.task)]
+    experts = parts.shared, parts.task
+    pairs = [fill(_pair(expert, layer, name, like), rank) for name in projections for expert in experts]
+    into, down = pairs[:-2], pairs[-2:]  # down_proj is the last
     c = parts.scale
     return Packed(
-        torch.cat([*(lora_A * c for lora_A, _ in pairs), parts.gate.weight(layer).to(like)]),
-        tuple(lora_B.mT.contiguous() for _, lora_B in pairs),
-        (down[0][0] * c, down[1][0] * c),
+        torch.cat([torch.cat([lora_A for lora_A, _ in into]) * c, parts.gate.weight(layer).to(like)]),
+        torch.stack([lora_B.mT for _, lora_B in into]),
+        torch.stack([lora_A for lora_A, _ in down]) * c,
         torch.cat([lora_B for _, lora_B in down], dim=1).mT.contiguous(),
     )
 
@@ -242,7 +241,9 @@ def packed_rows(call: Call, layer: int, projections: Sequence[str], x: Tensor) -
         rank = max(max(parts.shared.rank, parts.task.rank) for parts in call.parts if parts is not None)
         own = [None if p is None else p.packed(layer, projections, x, rank) for p in call.parts]
         some = next(one for one in own if one is not None)
-        found = call.packs[layer] = Packed.stack([own[place] or some for place in call.spread(len(x)).tolist()])
+        found = Packed.stack([own[place] or some for place in call.spread(len(x)).tolist()])
+        if x.shape[1] == 1:  # more steps of decoding will follow; a whole text comes once
+            call.packs[layer] = found
     return found
 
 
@@ -283,4 +284,6 @@ def _stacked(experts: list[Expert], layer: int, projection: str, rows: Tensor, x
 def fill(pair: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
     """A pair of at least `rank`: rows and columns of zeros add nothing."""
     lora_A, lora_B = pair
+    if len(lora_A) == rank:
+        return pair
     return F.pad(lora_A, (0, 0, 0, rank - len(lora_A))), F.pad(lora_B, (0, rank - lora_B.shape[1]))
