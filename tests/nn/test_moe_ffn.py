@@ -196,6 +196,23 @@ def test_mixed_batch_has_gradients():
         torch.testing.assert_close(ours, oracle, **TOLERANCE[torch.float64])
 
 
+def test_mixed_rows_hand_back_what_rows_one_by_one_do():
+    injected = Injected(tiny_model(), "all")
+    parts, (x, mask) = three_tasks(injected), inputs()
+
+    def handed_back(call, x):
+        with torch.no_grad(), run_with(call):
+            moe_ffn(injected)(x)
+        return call.features[LAYER], call.gate_use[LAYER]
+
+    mixed = handed_back(Call(parts, torch.tensor([3, 0, 2]), mask, features={}, gate_use={}), x)
+    for row, task in enumerate((3, 0, 2)):
+        one = slice(row, row + 1)
+        alone = handed_back(Call((parts[task],), None, mask[one], features={}, gate_use={}), x[one])
+        for ours, oracle in zip(mixed, alone, strict=True):
+            torch.testing.assert_close(ours[one], oracle, **TOLERANCE[torch.float32])
+
+
 def test_a_batch_of_bare_rows_is_the_base():
     injected = Injected(tiny_model(), "all")
     batch = tiny_batch()

@@ -20,8 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from moecl.nn.ffn import FFN
 
-BLOCK_BYTES = 5 << 19  # of one [tokens, F] intermediate on a CPU: in the caches, and below malloc's mmap threshold
-
+BLOCK_BYTES = 5 << 19  # of one [tokens, F] intermediate on a CPU: in its caches, and reused by malloc
 FEW = 32  # tokens: a step of decoding
 
 
@@ -143,9 +142,8 @@ class _Mixture(torch.autograd.Function):
             products = []
             for expert in (0, 1):
                 ways = range(expert, len(B_in), 2)
-                h_e, through = activate(
-                    ctx.ffn, [plus(one[rows], lows[at][rows], B_in[at]) for one, at in zip(pre, ways, strict=True)]
-                )
+                z = [plus(one[rows], lows[at][rows], B_in[at]) for one, at in zip(pre, ways, strict=True)]
+                h_e, through = activate(ctx.ffn, z)
                 t = plus(dh[rows], dlow_ds[expert][rows], A_d[expert])
                 weight = b[rows, :, expert, None]
                 add_outer(dA[expert], dlow_ds[expert][rows] * weight, h_e)

@@ -166,7 +166,8 @@ class MoEFFN:
         packed = packed_rows(call, self.layer, self.ffn.projections, x)
         y, b, m = mixture(self.ffn, x, packed, None if call.features is None else token_shares(call, x))
         if call.features is not None:
-            A_s, B_s = packed.A_down[0], packed.B_down[: packed.A_down.shape[1]]
+            A_s = packed.A_down.select(-3, 0)
+            B_s = packed.B_down.narrow(-2, 0, A_s.shape[-2])
             call.features[self.layer] = plus(self.ffn.down(m), m @ A_s.mT, B_s)[:, 0]
         if call.gate_use is not None:
             call.gate_use[self.layer] = b[..., 1]
