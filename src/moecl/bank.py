@@ -91,8 +91,8 @@ class Bank(MutableMapping[str, Entry]):
 
     Entries that are put in (those of tasks being learned) are kept as they are. A store's are read when they are used:
     an object that tasks share once for all of them, each hashed the first time. `memory` bounds what stays of them, in
-    bytes of tensors; `itemsize` is that of the base's. `moving` are parts that take the place of those of tasks with
-    retention live.
+    bytes of tensors; `itemsize` is what a number takes in packed matrices. `moving` are parts that take the place of
+    those of tasks with retention live.
     """
 
     def __init__(

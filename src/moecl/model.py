@@ -29,7 +29,7 @@ from moecl.errors import BaseError, ConfigError, StoreError, TaskError
 from moecl.nn.gated import GatedLearner, to_tensors
 from moecl.nn.inject import Injected
 from moecl.nn.lora import Geometry
-from moecl.nn.moe_ffn import Call, run_with
+from moecl.nn.moe_ffn import Call, pack_bytes, run_with
 from moecl.store import BaseInfo, Store, TaskRecord
 
 __all__ = ["Entry", "MoECL", "MoECLOutput", "TaskNames"]
@@ -67,7 +67,7 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
             self.base.train(self._before[0])
             raise
         self.base.requires_grad_(False)
-        self.bank = Bank(self.geometry, self.device, itemsize=self.base.dtype.itemsize)
+        self.bank = Bank(self.geometry, self.device, itemsize=pack_bytes(self.base.dtype, self.device))
         self.learner: GatedLearner | None = None
         self._left: Store | None = None  # its state for further learning is not taken up yet
         self._open: str | None = None

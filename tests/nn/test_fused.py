@@ -31,13 +31,18 @@ def call(parts: Gated, **settings) -> Call:
     return Call((parts,), attention_mask=tiny_batch(ROWS, LENGTH)["attention_mask"], features={}, **settings)
 
 
-def gradients(ffn: MoEFFN, parts: Gated, x: torch.Tensor, plainly: bool = False) -> list[torch.Tensor]:
-    """y, p and their gradients to x and to every matrix of the layer."""
-    of = call(parts)
+def output(ffn: MoEFFN, of: Call, x: torch.Tensor, plainly: bool) -> torch.Tensor:
     was, ffn.ffn = ffn.ffn, replace(ffn.ffn, matrices=None) if plainly else ffn.ffn
     with run_with(of):
         y = ffn(x)
     ffn.ffn = was
+    return y
+
+
+def gradients(ffn: MoEFFN, parts: Gated, x: torch.Tensor, plainly: bool = False) -> list[torch.Tensor]:
+    """y, p and their gradients to x and to every matrix of the layer."""
+    of = call(parts)
+    y = output(ffn, of, x, plainly)
     p = of.features[LAYER]
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
     leaves = [x, *(leaf for name, leaf in parameters(parts).items() if f"layers.{LAYER}." in name)]
@@ -52,6 +57,22 @@ def test_blocks_of_any_size_equal_the_plain_path(family, rows_a_block, monkeypat
     for ours, plain in zip(gradients(ffn, parts, x), gradients(ffn, parts, x, plainly=True), strict=True):
         assert plain.abs().max() > 1e-3
         torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("few", [0, TOKENS], ids=["many tokens", "few tokens"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_gradients_both_ways_equal_the_plain_path(family, few, monkeypatch):
+    monkeypatch.setattr(fused, "FEW", few)
+    ffn, parts, x = setting(family)
+    other = random_parts(Injected(tiny_model(family), "all").geometry, 1, rank=2, scale=0.5)
+    calls = (lambda: Call((parts,), gate_use={}), lambda: Call((parts, other), torch.tensor([1, 0, 1]), gate_use={}))
+    with torch.no_grad():
+        for make in calls:
+            ours, plain = make(), make()
+            torch.testing.assert_close(
+                output(ffn, ours, x, plainly=False), output(ffn, plain, x, plainly=True), rtol=1e-9, atol=1e-9
+            )
+            torch.testing.assert_close(ours.gate_use[LAYER], plain.gate_use[LAYER], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2", "opt"])
@@ -96,7 +117,7 @@ def test_what_is_saved_for_backward(family, dtype):
     ways = 1 if family in UNGATED else 2
     ffn, parts, x = setting(family, dtype)
     a_token = HIDDEN + ways * WIDE + (2 * ways + 2) * RANK + 2 + 2
-    packed = parts.packed(LAYER, ffn.ffn.projections, x)
+    packed = parts.packed(LAYER, ffn.ffn.projections, x.dtype)
     matrices = sum(m.numel() for m in (packed.A_in, packed.B_in, packed.A_down, packed.B_down))
     of_mean = ROWS * (WIDE + LENGTH + 3 * RANK)  # m, its low product and the tokens' shares
     assert saved_bytes(ffn, parts, x) <= (TOKENS * a_token + matrices + of_mean) * x.element_size()

@@ -60,9 +60,6 @@ def mixture(ffn: FFN, x: Tensor, packed: Packed, real: Tensor | None) -> tuple[T
     real [B, 1, T] holds each token's share in m, the mean of h_s; None where none is wanted.
     """
     if not torch.is_grad_enabled():
-        if real is None and x.shape[0] * x.shape[1] <= FEW:
-            y, b = run_few(ffn, x, packed)
-            return y, b, x.new_empty(0)
         found = run(ffn, x, packed, real)
         return found.y, found.b, found.m
     matrices = packed.A_in, packed.B_in, packed.A_down, packed.B_down
@@ -92,12 +89,25 @@ def run(ffn: FFN, x: Tensor, packed: Packed, real: Tensor | None) -> Pass:
     return Pass(plus(ffn.down(h), low_d, packed.B_down), b, m, pre, low, low_d)
 
 
+def is_few(x: Tensor) -> bool:
+    """Whether x [B, T, D] goes by `run_few`."""
+    return not torch.is_grad_enabled() and x.shape[0] * x.shape[1] <= FEW
+
+
+def few_dtype(base: torch.dtype, device: torch.device) -> torch.dtype:
+    """In which the products of `run_few` are formed: kernels for bf16 take longer to start on a CPU than to finish."""
+    return torch.promote_types(base, torch.float32) if device.type == "cpu" else base
+
+
 def run_few(ffn: FFN, x: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
-    """y and b for few tokens, where kernels cost more than what they compute: both experts go through each together."""
+    """y and b for few tokens, where kernels cost more than what they compute: both experts go through each together.
+
+    The matrices are of `few_dtype`.
+    """
     alike = packed.B_in.dim() == 3  # rows of one task: as one row of many tokens
     x_ = x.flatten(0, 1) if alike else x
     pre = [one for one in ffn.project(x_) if one is not None]
-    low = x_ @ packed.A_in.mT
+    low = x_.to(packed.A_in.dtype) @ packed.A_in.mT
     b = weights(low)
     into = low[..., :-2].view(*low.shape[:-1], *packed.B_in.shape[-3:-1]).transpose(-3, -2)  # (.., 2 P, T, r)
     z = into @ packed.B_in  # (.., 2 P, T, F)
@@ -106,9 +116,9 @@ def run_few(ffn: FFN, x: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
         way.add_(one.unsqueeze(-3))
     h = ffn.hidden(moved[0] if len(pre) > 1 else None, moved[-1])  # (.., 2, T, F)
     low_d = (h @ packed.A_down.mT).mul_(b.mT.unsqueeze(-1)).transpose(-3, -2).flatten(-2)  # (.., T, 2 r)
-    mixed = torch.lerp(h.select(-3, 0), h.select(-3, 1), b[..., 1:])
-    add = torch.addmm if alike else torch.baddbmm
-    return add(ffn.down(mixed), low_d, packed.B_down).view_as(x), b.view(*x.shape[:2], 2)
+    mixed = torch.lerp(h.select(-3, 0), h.select(-3, 1), b[..., 1:]).to(x.dtype)
+    y = ffn.down(mixed) + (low_d @ packed.B_down).to(x.dtype)
+    return y.view_as(x), b.view(*x.shape[:2], 2)
 
 
 def weights(low: Tensor) -> Tensor:

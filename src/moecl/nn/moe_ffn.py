@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moecl.nn.ffn import FFN
-from moecl.nn.fused import Packed, mixture, plus
+from moecl.nn.fused import Packed, few_dtype, is_few, mixture, plus, run_few
 from moecl.nn.lora import Expert, Gate
 
 
@@ -48,18 +48,18 @@ class Gated:
     def frozen(self) -> bool:
         return not any(p.requires_grad for part in (self.shared, self.task, self.gate) for p in part.parameters())
 
-    def packed(self, layer: int, projections: Sequence[str], like: Tensor, rank: int = 0) -> Packed:
-        """The matrices of `layer` for the fast path, in the dtype and on the device of `like`, filled up to `rank`.
+    def packed(self, layer: int, projections: Sequence[str], dtype: torch.dtype, rank: int = 0) -> Packed:
+        """The matrices of `layer` for the fast path, filled up to `rank`.
 
         What is frozen is packed once; what is being trained anew at each call, so that gradients reach it.
         """
         rank = max(rank, self.shared.rank, self.task.rank)
         if not self.frozen:
-            return pack(self, layer, projections, like, rank)
-        key = layer, like.dtype, like.device, rank
+            return pack(self, layer, projections, dtype, rank)
+        key = layer, dtype, rank
         if key not in self.packs:
             with torch.inference_mode(False), torch.no_grad():  # a later call may want gradients of its inputs
-                self.packs[key] = pack(self, layer, projections, like, rank)
+                self.packs[key] = pack(self, layer, projections, dtype, rank)
         return self.packs[key]
 
 
@@ -163,8 +163,13 @@ class MoEFFN:
 
     def mix_fast(self, x: Tensor, call: Call) -> Tensor:
         """One autograd function for all of it (nn/fused.py); rows of different tasks without gradients only."""
-        packed = packed_rows(call, self.layer, self.ffn.projections, x)
-        y, b, m = mixture(self.ffn, x, packed, None if call.features is None else token_shares(call, x))
+        few = call.features is None and is_few(x)
+        dtype = few_dtype(x.dtype, x.device) if few else x.dtype
+        packed = packed_rows(call, self.layer, self.ffn.projections, x, dtype)
+        if few:
+            y, b = run_few(self.ffn, x, packed)
+        else:
+            y, b, m = mixture(self.ffn, x, packed, None if call.features is None else token_shares(call, x))
         if call.features is not None:
             A_s = packed.A_down.select(-3, 0)
             B_s = packed.B_down.narrow(-2, 0, A_s.shape[-2])
@@ -217,30 +222,35 @@ def token_shares(call: Call, x: Tensor) -> Tensor:
     return (real / real.sum(dim=1, keepdim=True))[:, None, :]
 
 
-def pack(parts: Gated, layer: int, projections: Sequence[str], like: Tensor, rank: int) -> Packed:
+def pack_bytes(base: torch.dtype, device: torch.device) -> int:
+    """What the packed copies of a number can come to."""
+    return sum(dtype.itemsize for dtype in {base, few_dtype(base, device)})
+
+
+def pack(parts: Gated, layer: int, projections: Sequence[str], dtype: torch.dtype, rank: int) -> Packed:
     """The matrices of a layer as the fast path reads them; lower ranks are filled up with zeros, which add nothing."""
     experts = parts.shared, parts.task
-    pairs = [fill(_pair(expert, layer, name, like), rank) for name in projections for expert in experts]
+    pairs = [fill(_pair(expert, layer, name, dtype), rank) for name in projections for expert in experts]
     into, down = pairs[:-2], pairs[-2:]  # down_proj is the last
     c = parts.scale
     return Packed(
-        torch.cat([torch.cat([lora_A for lora_A, _ in into]) * c, parts.gate.weight(layer).to(like)]),
+        torch.cat([torch.cat([lora_A for lora_A, _ in into]) * c, parts.gate.weight(layer).to(dtype)]),
         torch.stack([lora_B.mT for _, lora_B in into]),
         torch.stack([lora_A for lora_A, _ in down]) * c,
         torch.cat([lora_B for _, lora_B in down], dim=1).mT.contiguous(),
     )
 
 
-def packed_rows(call: Call, layer: int, projections: Sequence[str], x: Tensor) -> Packed:
+def packed_rows(call: Call, layer: int, projections: Sequence[str], x: Tensor, dtype: torch.dtype) -> Packed:
     """The matrices of `layer` for this call: one set for all rows, or one a row."""
     if call.rows is None:
         parts = call.parts[0]
         assert parts is not None
-        return parts.packed(layer, projections, x)
+        return parts.packed(layer, projections, dtype)
     found = call.packs.get(layer)
-    if found is None or len(found.A_in) != len(x):
+    if found is None or len(found.A_in) != len(x) or found.A_in.dtype != dtype:
         rank = max(max(parts.shared.rank, parts.task.rank) for parts in call.parts if parts is not None)
-        own = [None if p is None else p.packed(layer, projections, x, rank) for p in call.parts]
+        own = [None if p is None else p.packed(layer, projections, dtype, rank) for p in call.parts]
         some = next(one for one in own if one is not None)
         found = Packed.stack([own[place] or some for place in call.spread(len(x)).tolist()])
         if x.shape[1] == 1:  # more steps of decoding will follow; a whole text comes once
@@ -254,8 +264,8 @@ def layer_parts(call: Call, layer: int, projections: Sequence[str], x: Tensor) -
         parts = call.parts[0]
         assert parts is not None
         return LayerParts(
-            {name: _pair(parts.shared, layer, name, x) for name in projections},
-            {name: _pair(parts.task, layer, name, x) for name in projections},
+            {name: _pair(parts.shared, layer, name, x.dtype) for name in projections},
+            {name: _pair(parts.task, layer, name, x.dtype) for name in projections},
             parts.gate.weight(layer).to(x.dtype),
             parts.scale,
         )
@@ -269,14 +279,14 @@ def layer_parts(call: Call, layer: int, projections: Sequence[str], x: Tensor) -
     )
 
 
-def _pair(expert: Expert, layer: int, projection: str, x: Tensor) -> tuple[Tensor, Tensor]:
+def _pair(expert: Expert, layer: int, projection: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     pair = expert.pair(layer, projection)
-    return pair.lora_A.to(x.dtype), pair.lora_B.to(x.dtype)
+    return pair.lora_A.to(dtype), pair.lora_B.to(dtype)
 
 
 def _stacked(experts: list[Expert], layer: int, projection: str, rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Pairs [B, r, in], [B, out, r]; experts of a lower rank are filled up with zeros, which add nothing."""
-    pairs = [_pair(expert, layer, projection, x) for expert in experts]
+    pairs = [_pair(expert, layer, projection, x.dtype) for expert in experts]
     rank = max(expert.rank for expert in experts)
     filled = [fill(pair, rank) for pair in pairs]
     return torch.stack([lora_A for lora_A, _ in filled])[rows], torch.stack([lora_B for _, lora_B in filled])[rows]
