@@ -140,7 +140,11 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := installed(name))},
         "commit": commit(),
-        "options": {name: str(value) for name, value in vars(options).items() if name != "json"},
+        "options": {
+            name: value.name if isinstance(value, Path) else str(value)  # where data lie is the machine's own affair
+            for name, value in vars(options).items()
+            if name != "json"
+        },
     }
 
 
