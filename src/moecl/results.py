@@ -45,6 +45,18 @@ class SplitInfo(BaseModel):
     cut: int = Field(default=0, ge=0, description="how many of them were longer than max_length")
 
 
+class Items(BaseModel):
+    """What a task's last row of R was computed from, a test row each: a stream's methods are compared item by item."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    metric: str = Field(description="the task's metric")
+    labels: list[str] = Field(default_factory=list, description="a classification's labels")
+    true: list[int] = Field(default_factory=list, description="each row's label, as its place in `labels`")
+    given: list[int] = Field(default_factory=list, description="each row's answer, likewise")
+    scores: list[float] = Field(default_factory=list, description="each row's own score, where the answer is a text")
+
+
 class Result(BaseModel):
     """One run: a stream learned by one method with one seed.
 
@@ -68,6 +80,7 @@ class Result(BaseModel):
     details: Annotated[dict[str, Details], Plain] = Field(
         default_factory=dict, description="task -> what else is known"
     )
+    items: dict[str, Items] = Field(default_factory=dict, description="task -> its test rows after the last task")
     environment: Details = Field(default_factory=dict, description="versions, device, dtype, threads")
     digests: dict[str, dict[str, str]] = Field(default_factory=dict, description="task -> part -> sha256")
     resumed: int = Field(default=0, ge=0, description="how often the run was started again")

@@ -152,13 +152,13 @@ class MoEFFN:
         x = hidden_states
         if x.dim() == 2:
             x = x.view(call.batch_size, -1, x.shape[-1])
-        fast = self.ffn.matrices is not None and not call.dropout and (call.rows is None or not torch.is_grad_enabled())
-        y = self.mix(x, call, fast)
+        y = self.mix(x, call)
         if (bare := call.bare_rows(len(x))) is not None:  # bitwise the base, whatever its neighbours run
             y = torch.where(bare[:, None, None], self.original(hidden_states).view_as(y), y)
         return y.view_as(hidden_states)
 
-    def mix(self, x: Tensor, call: Call, fast: bool) -> Tensor:
+    def mix(self, x: Tensor, call: Call) -> Tensor:
+        fast = self.ffn.matrices is not None and not call.dropout and (call.rows is None or not torch.is_grad_enabled())
         return self.mix_fast(x, call) if fast else self.mix_plainly(x, call)
 
     def mix_fast(self, x: Tensor, call: Call) -> Tensor:
