@@ -22,7 +22,7 @@ from moecl.backbone import Backbone, load_backbone, resolve_precision
 from moecl.data.encode import Encoded, collate, token_batches
 from moecl.engine import MAX_ROWS, Prediction, Request, last_only
 from moecl.errors import BaseError
-from moecl.nn.gated import to_tensors
+from moecl.nn.forms import to_tensors
 from moecl.nn.lora import Expert, Gate
 from moecl.nn.moe_ffn import Gated
 from moecl.store import TaskRecord

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moecl import MoECL, MoECLConfig, Task
+from moecl.nn.call import Call, current_call
 from moecl.nn.lora import Expert
-from moecl.nn.moe_ffn import Call, Gated, MoEFFN, current_call
+from moecl.nn.moe_ffn import Gated, MoEFFN
 from moecl.nn.reference import reference
 
 PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
@@ -80,7 +81,7 @@ def stir(module: nn.Module, seed: int = 0, only: str = "") -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=draw) * STD)
 
 
-def stir_parts(parts: Gated, seed: int = 0) -> None:
+def stir_parts(parts: Any, seed: int = 0) -> None:
     """A task that has moved from where it started."""
     for place, module in enumerate((parts.shared, parts.task, parts.gate)):
         stir(module, 3 * seed + place)
@@ -146,5 +147,5 @@ def under_way() -> tuple[Call, Gated]:
     call = current_call()
     assert call is not None, "only under a task"
     [parts] = call.parts
-    assert parts is not None, "only under a task"
+    assert isinstance(parts, Gated), "only under a task"
     return call, parts

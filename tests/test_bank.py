@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moecl import store as store_module
-from moecl.bank import Entry, Loaded, Packs, modules, size
+from moecl.bank import Entry, Loaded, Packs, size
 from moecl.config import MoECLConfig
 from moecl.errors import ConfigError, StoreError
 from moecl.model import MoECL
@@ -36,7 +36,7 @@ def load(path: Path, memory: int | str = "1GB") -> MoECL:
 
 def task_bytes(model: MoECL) -> int:
     parts = model.bank["a"].parts
-    return sum(size(part) for part in [*modules(parts), parts.packs])
+    return sum(size(part) for part in [*parts.modules().values(), parts.packs])
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_parts_follow_the_model(path):
     model = load(path)
     single = model(**BATCH, task="a").logits
     model.double()
-    assert {p.dtype for part in modules(model.bank["a"].parts) for p in part.parameters()} == {torch.float64}
+    assert {p.dtype for part in model.bank["a"].parts.modules().values() for p in part.parameters()} == {torch.float64}
     torch.testing.assert_close(model(**BATCH, task="a").logits, single.double(), **CLOSE)
     model.float()
     assert torch.equal(model(**BATCH, task="a").logits, single)
@@ -205,7 +205,7 @@ def test_what_tasks_share_is_held_once(tmp_path, reads, gate):
     assert len({id(one.shared) for one in parts}) == 1
     assert len({id(one.gate) for one in parts}) == (1 if gate == "shared" else 6)
     assert len(reads) == 1 + 6 + (1 if gate == "shared" else 6)
-    distinct = {id(module): size(module) for one in parts for module in modules(one)}
+    distinct = {id(module): size(module) for one in parts for module in one.modules().values()}
     packs = {id(one.packs): size(one.packs) for one in parts if isinstance(one.packs, Packs)}
     assert model.bank.loaded.bytes == sum(distinct.values()) + sum(packs.values())
 

@@ -6,11 +6,8 @@ from typing import Any
 
 import pytest
 
-from moecl import config
 from moecl.config import (
     Limit,
-    MethodConfig,
-    MoECLConfig,
     StreamConfig,
     Task,
     TaskConfig,
@@ -20,6 +17,7 @@ from moecl.config import (
     load_stream,
     load_task,
 )
+from moecl.method_config import METHODS, MethodConfig, MoECLConfig
 from stream_text import PAPER, STREAM, refusal, write
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
@@ -240,7 +238,7 @@ class OtherConfig(MethodConfig):
 
 
 def test_a_method_that_is_registered_is_read_written_and_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(config.METHODS, "other", OtherConfig)
+    monkeypatch.setitem(METHODS, "other", OtherConfig)
     text = STREAM.replace("{name: moe-cl, rank: 8}", "{name: other, strength: 2}")
     stream = load_stream(write(text))
     assert stream.method == OtherConfig(strength=2.0)

@@ -79,9 +79,9 @@ BAD_VALUES = [
     ("rank: 8", "adapt_layers: 0", "2: method.adapt_layers: 0 is out of range; give all | whole number, 1 or more"),
     ("rank: 8", "adapt_layers: half", "2: method.adapt_layers: 'half' is unknown; give all | whole number, 1 or more"),
     ("rank: 8", "dropout: 1", "2: method.dropout: 1 is out of range; give a number, 0 or more, below 1"),
-    ("moe-cl,", "moecl,", "2: method.name: 'moecl' is not a method; use one of: moe-cl (did you mean 'moe-cl'?)"),
+    ("moe-cl,", "moecl,", "2: method.name: 'moecl' is not a method; use one of: moe-cl, per-task-lora, "),
     ("moe-cl,", "true,", "2: method.name: 'true' was read as a boolean; quote it: \"true\""),
-    ("{name: moe-cl, rank: 8}", "[a]", "2: method: was read as a list; give keys under it: name, rank, "),
+    ("{name: moe-cl, rank: 8}", "[a]", "2: method: was read as a list; give keys under it: name, adapt_layers, rank, "),
     # labels
     ("[World, Sports]", "[World, yes]", "9: tasks[0].labels: 'yes' was read as a boolean; quote it: \"yes\""),
     (

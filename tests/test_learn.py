@@ -196,7 +196,7 @@ def test_faults_of_the_new_task_leave_the_run_finished(original, run, tmp_path, 
     with pytest.raises(ConfigError, match="256 positions"):
         learn(run, far)
     with monkeypatch.context() as patch:
-        patch.setattr(MoECLMethod, "penalty", lambda self, features, step: features[0].sum() * float("nan"))
+        patch.setattr(MoECLMethod, "penalty", lambda self, features, step, query: features[0].sum() * float("nan"))
         with pytest.raises(TrainingError, match="'new'"):
             learn(run, new(tmp_path / "n"))
     assert RunFolder(run).finished() == before
@@ -228,10 +228,10 @@ def added(original, tmp_path_factory) -> dict[str, Result]:
     ("name", "call"),
     [
         ("new", "_look_ahead"),
-        ("new", "_learn_one"),
+        ("new", "_learn"),
         ("new", "_evaluate_row"),
         ("new", "_finish"),
-        ("task1", "_learn_one"),
+        ("task1", "_learn"),
     ],
 )
 def test_cut_short_and_started_again(original, run, tmp_path, monkeypatch, added, name, call):
@@ -244,12 +244,12 @@ def test_cut_short_and_started_again(original, run, tmp_path, monkeypatch, added
 
 
 def test_cut_short_and_started_over_with_something_else(run, tmp_path, monkeypatch):
-    cut_short(run, new(tmp_path / "n"), monkeypatch, call="_learn_one")
+    cut_short(run, new(tmp_path / "n"), monkeypatch, call="_learn")
     assert learn(run, new(tmp_path / "n", "newer")).tasks == ["task0", "task1", "newer"]
 
 
 def test_cut_short_and_started_over_with_other_rows(run, tmp_path, monkeypatch):
-    cut_short(run, new(tmp_path / "n"), monkeypatch, call="_learn_one")
+    cut_short(run, new(tmp_path / "n"), monkeypatch, call="_learn")
     changed = new(tmp_path / "n", seed=8)
     result = learn(run, changed)
     assert result.tasks == ["task0", "task1", "new"]

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from moecl import model as model_module
-from moecl.bank import modules
 from moecl.config import MoECLConfig, Task
 from moecl.errors import BaseError, ConfigError, TaskError
 from moecl.model import MoECL
@@ -363,8 +362,8 @@ def test_the_bank_moves_along():
     single = model(**batch, task="a").logits
     model.double()
     for entry in model.bank.values():
-        assert {p.dtype for part in modules(entry.parts) for p in part.parameters()} == {torch.float64}
+        assert {p.dtype for part in entry.parts.modules().values() for p in part.parameters()} == {torch.float64}
     torch.testing.assert_close(model(**batch, task="a").logits, single.double(), **CLOSE)
     model.to("meta")
     for entry in model.bank.values():
-        assert all(p.is_meta for part in modules(entry.parts) for p in part.parameters())
+        assert all(p.is_meta for part in entry.parts.modules().values() for p in part.parameters())

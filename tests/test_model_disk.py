@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_one_line(tiny_folder, tmp_path, change):
         elif change == "swapped":
             record["parts"]["task"] = record["parts"]["gate"]
         elif change == "form":
-            record["form"] = "weights"
+            record["form"] = "later"
     if change == "training":
         (path / "training" / f"memory-{manifest['training']['memory']}.safetensors").unlink()
         del manifest["training"]["memory"]

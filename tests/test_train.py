@@ -209,7 +209,7 @@ def test_the_papers_setting(tmp_path, tiny_folder):
     assert all(found.keys() == {"shared", "task", "gate", "head"} for found in parts)
     assert len({found["gate"] for found in parts}) == len({found["shared"] for found in parts}) == 1
     settings = store.record("task0").settings
-    assert settings == {"adapt_layers": "all", "seed": 0, "scale": 2.0, **config.method.model_dump(exclude={"name"})}
+    assert settings == {"method": "moe-cl", "seed": 0, "scale": 2.0, **config.method.model_dump(exclude={"name"})}
     assert store.training().keys() == {"shared", "gate", "discriminator", "memory"}
     loaded = MoECL.from_pretrained(tmp_path / "run")
     assert loaded.config == config.method

@@ -32,7 +32,7 @@ def plain(tmp_path_factory, tiny_folder) -> tuple[StreamConfig, Result, Path]:
 def nan_at(task_number: int, step: int):
     original = MoECLMethod.penalty
 
-    def penalty(self, features, count):
+    def penalty(self, features, count, query):
         loss = original(self, features, count)
         return loss * float("nan") if self.state.adversary.classes == task_number and count == step else loss
 

@@ -4,9 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moecl.config import MoECLConfig, StreamConfig, Task, load_stream
+    from moecl.config import StreamConfig, Task, load_stream
     from moecl.engine import Engine, Prediction
     from moecl.errors import MoECLError
+    from moecl.method_config import MoECLConfig
     from moecl.model import MoECL
     from moecl.results import Result
     from moecl.store import Store
@@ -31,7 +32,7 @@ _HOMES = {
     "ContinualTrainer": "train",
     "Engine": "engine",
     "MoECL": "model",
-    "MoECLConfig": "config",
+    "MoECLConfig": "method_config",
     "MoECLError": "errors",
     "Prediction": "engine",
     "Result": "results",

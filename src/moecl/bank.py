@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from moecl._sizes import EXPERT_MEMORY
-from moecl.config import MoECLConfig, Task
+from moecl.config import Task
 from moecl.errors import BaseError, StoreError, TaskError, near
+from moecl.method_config import MoECLConfig
+from moecl.nn.call import Parts
+from moecl.nn.forms import FORMS, from_tensors, to_tensors
 from moecl.nn.fused import Packed
-from moecl.nn.gated import from_tensors, to_tensors
 from moecl.nn.lora import Expert, Gate, Geometry
 from moecl.nn.moe_ffn import Gated
 from moecl.store import BaseInfo, Store, TaskRecord, encode
 
+OURS = MoECLConfig.model_fields["name"].default
 Key = tuple[str, ...]  # what an object is read as, and its digest
 
 
@@ -40,18 +43,18 @@ Part = TypeVar("Part", bound=nn.Module | Packs)
 class Entry:
     """A task in the bank, and what answers for it: `parts`, given or loaded whenever they are asked for."""
 
-    def __init__(self, task: Task, parts: Gated | Callable[[], Gated]) -> None:
+    def __init__(self, task: Task, parts: Parts | Callable[[], Parts]) -> None:
         self.task, self._parts = task, parts
 
     @property
-    def parts(self) -> Gated:
+    def parts(self) -> Parts:
         """Raises StoreError where they are to be loaded, and missing, damaged or another base's."""
-        return self._parts if isinstance(self._parts, Gated) else self._parts()
+        return self._parts if isinstance(self._parts, Parts) else self._parts()
 
     @property
-    def held(self) -> Gated | None:
+    def held(self) -> Parts | None:
         """The parts, where they are not a store's."""
-        return self._parts if isinstance(self._parts, Gated) else None
+        return self._parts if isinstance(self._parts, Parts) else None
 
 
 class Loaded:
@@ -124,19 +127,20 @@ class Bank(MutableMapping[str, Entry]):
 
         An object whose size is not the expected one is read at once, to tell what is wrong with it.
         """
-        expected: dict[tuple[Any, int], dict[str, int]] = {}
+        expected: dict[tuple[Any, ...], dict[str, int]] = {}
         for record in store.tasks() if records is None else records:
-            if record.form != "gated":
+            if (form := FORMS.get(record.form)) is None:
                 raise StoreError(f"{store.path}: task {record.name!r} has the form {record.form!r}; upgrade moecl")
             labels = len(record.task.labels or ()) if record.task.head == "classifier" else 0
             kind = record.settings.get("rank"), labels
             if kind not in expected:
                 expected[kind] = object_sizes(self.geometry, *kind)
             for part, digest in record.parts.items():
-                if store.size(digest) != expected[kind].get(part):
+                if store.size(digest) != expected[kind].get(part.partition("-")[0], store.size(digest)):
                     self._part(store, record, part)
-            wanted = {"shared", "task", "gate", *(["head"] if labels else [])}
-            if record.parts.keys() != wanted or not isinstance(record.settings.get("scale"), int | float):
+            wanted = {*form.needs, *(["head"] if labels else [])}
+            scaled = form is FORMS["weights"] or isinstance(record.settings.get("scale"), int | float)
+            if {part for part in record.parts if not part.startswith("lora-")} != wanted or not scaled:
                 raise StoreError(
                     f"{store.path}: task {record.name!r} has the parts {', '.join(record.parts)}, not "
                     f"{', '.join(sorted(wanted))} and a scale; restore the store from a copy"
@@ -147,21 +151,21 @@ class Bank(MutableMapping[str, Entry]):
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """What `nn.Module._apply` does: parts in memory are changed by `fn`, a store's as they are loaded again."""
         for parts in filter(None, (entry.held for entry in self._entries.values())):
-            parts.packs.clear()
-            for module in modules(parts):
+            if isinstance(parts, Gated):
+                parts.packs.clear()
+            for module in parts.modules().values():
                 module._apply(fn)  # type: ignore[no-untyped-call]
         with self._lock:
             self._like = fn(self._like)
             self.loaded.clear()
 
-    def _parts(self, store: Store, record: TaskRecord) -> Gated:
-        scale = float(record.settings["scale"])  # type: ignore[arg-type]
-        with self._lock:
-            found: dict[str, Any] = {part: self._part(store, record, part) for part in record.parts}
-            parts = Gated(scale=scale, **found)
-            if not parts.frozen or (record.live and self.moving):
+    def _parts(self, store: Store, record: TaskRecord) -> Parts:
+        with self._lock, fitting(f"{store.path}: task {record.name!r}"):
+            found = {part: self._part(store, record, part) for part in record.parts}
+            parts = FORMS[record.form].build(found, record.settings)
+            if not isinstance(parts, Gated) or not parts.frozen or (record.live and self.moving):
                 return parts
-            key = ("packs", str(scale), *(record.parts[part] for part in sorted(record.parts)))
+            key = ("packs", str(parts.scale), *(record.parts[part] for part in sorted(record.parts)))
             return parts.keeping(self.loaded.get(key, lambda: Packs(parts, self.itemsize)))
 
     def _part(self, store: Store, record: TaskRecord, part: str) -> nn.Module:
@@ -173,7 +177,7 @@ class Bank(MutableMapping[str, Entry]):
             with fitting(f"{store.path}: task {record.name!r}"):
                 return from_tensors(self.geometry, part, store.read_again(digest)).to(self._like)
 
-        read_as = part if part in ("gate", "head") else "expert"
+        read_as = part if part in ("gate", "head", "keys", "weights") else "expert"
         with self._lock:
             return self.loaded.get((read_as, digest), load)
 
@@ -185,13 +189,14 @@ def size(part: nn.Module | Packs) -> int:
 
 
 def object_sizes(geometry: Geometry, rank: Any, labels: int) -> dict[str, int]:
-    """Bytes of a task's objects, by part; nothing is known where the rank is not."""
-    if not isinstance(rank, int):
-        return {}
+    """Bytes of a task's objects, by part (that of `lora-2` is `lora`); of an expert only where the rank is known."""
     head = nn.Linear(geometry.hidden_size, labels, bias=False) if labels else None
-    expert = Expert(geometry, rank)
-    parts = Gated(expert, expert, Gate(geometry), 1.0, head)
-    return {part: len(encode(tensors)) for part, tensors in to_tensors(parts).items()}
+    expert = Expert(geometry, rank if isinstance(rank, int) else 1)
+    sizes = {
+        part: len(encode(found)) for part, found in to_tensors(Gated(expert, expert, Gate(geometry), 1.0, head)).items()
+    }
+    sizes["lora"] = sizes["task"]
+    return {part: size for part, size in sizes.items() if part in ("gate", "head") or isinstance(rank, int)}
 
 
 def find(bank: Mapping[str, Entry], name: str) -> Entry:
@@ -201,15 +206,12 @@ def find(bank: Mapping[str, Entry], name: str) -> Entry:
     return entry
 
 
-def modules(parts: Gated) -> list[nn.Module]:
-    return [module for module in (parts.shared, parts.task, parts.gate, parts.head) if module is not None]
-
-
 def settings_of(store: Store) -> tuple[MoECLConfig, int]:
     """How the last task of a store was learned, and the seed."""
     records = store.tasks()
     known = dict(records[-1].settings) if records else {}
-    fields: Any = {name: known[name] for name in MoECLConfig.model_fields if name in known}
+    ours = MoECLConfig.model_fields if known.get("method") in (None, OURS) else ("adapt_layers",)
+    fields: Any = {name: known[name] for name in ours if name in known}
     return MoECLConfig(**fields), int(known.get("seed", 0))  # type: ignore[arg-type]
 
 
@@ -228,7 +230,7 @@ def fitting(what: str) -> Iterator[None]:
     """Turn torch's many lines about tensors that do not fit a base into a StoreError."""
     try:
         yield
-    except (RuntimeError, KeyError, IndexError) as error:
+    except (RuntimeError, KeyError, IndexError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise StoreError(
             f"{what} does not fit the base ({reason}); is it another model's? restore the store from a copy"

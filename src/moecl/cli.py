@@ -409,7 +409,7 @@ def cache_clear(
 @app.command(cls=Command, epilog="moecl methods")
 def methods() -> None:
     """List the methods a stream can name."""
-    from moecl.config import METHODS
+    from moecl.method_config import METHODS
 
     for name, settings in METHODS.items():
         print(f"{name:18} {(settings.__doc__ or '').strip().splitlines()[0]}")

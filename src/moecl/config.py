@@ -3,17 +3,16 @@
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
-
-# pydantic has no public name for it, and type(BaseModel) is no base class to mypy.
-from pydantic._internal._model_construction import ModelMetaclass
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from moecl import _raw, _yaml
 from moecl._explain import Setting, explain, not_a_text, problem, settings
+from moecl._settings import Settings
 from moecl._yaml import Document, show
 from moecl.errors import ConfigError, near
+from moecl.method_config import MethodConfig, MoECLConfig, method_names, method_settings
 
 Kind = Literal["classification", "generation"]
 Metric = Literal["accuracy", "macro_f1", "exact_match", "rouge_l"]
@@ -25,27 +24,12 @@ TASK_METRICS: dict[str, tuple[Metric, ...]] = {
     "generation": ("exact_match", "rouge_l"),
 }
 
-_Config = TypeVar("_Config", bound=BaseModel)
+_Config = TypeVar("_Config", bound=Settings)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _BRACES = re.compile(r"\{\{|\}\}|\{[^{}\n]+\}|[{}]")
 
 
-class _OneLineErrors(ModelMetaclass):
-    def __call__(self, *args: Any, **fields: Any) -> Any:
-        """Construct, with a ConfigError of one line in place of pydantic's."""
-        try:
-            return super().__call__(*args, **fields)
-        except ValidationError as error:
-            known = settings(cast(type[BaseModel], self), {"method": _method_class(fields)})
-            raise explain(error, known, Document(self.__name__)) from None
-
-
-class _Settings(BaseModel, metaclass=_OneLineErrors):
-    # Strict: YAML already has types, and "3" or true for a number is a mistake.
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Task(_Settings):
+class Task(Settings):
     """What a model must know of a task to answer for it."""
 
     name: str = Field(description="the task's name; usable as a file name")
@@ -146,7 +130,7 @@ def _check_labels(labels: dict[str, str]) -> None:
         label_of[words.strip()] = label
 
 
-class Limit(_Settings):
+class Limit(Settings):
     """How many rows of each split are used: the first ones; null: all."""
 
     train: int | None = Field(default=None, ge=1, description="training rows used, from the first; null: all")
@@ -174,51 +158,7 @@ class TaskConfig(Task):
         return {} if value is None else value
 
 
-class MethodConfig(_Settings):
-    """What the settings of all methods have in common."""
-
-    name: str = Field(description="the method's name in the registry")
-
-    @classmethod
-    def paper(cls) -> Self:
-        """The settings of the paper that `preset: paper` follows; the defaults where the method is not in it."""
-        return cls.model_validate({})
-
-
-class MoECLConfig(MethodConfig):
-    """MoE-CL, arXiv 2509.18133."""
-
-    name: Literal["moe-cl"] = Field(default="moe-cl", description="the method's name in the registry")
-    rank: int = Field(default=8, ge=1, description="rank r of each LoRA pair")
-    lora_alpha: float = Field(default=16.0, gt=0, description="LoRA scale: lora_alpha / rank")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout in front of lora_A; above 0 is slower")
-    adapt_layers: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
-        default="all", description="which FFNs get experts: all, or those of the last n layers"
-    )
-    retention: Literal["exact", "live"] = Field(
-        default="exact",
-        description="exact: a finished task's outputs never change; live: the shared expert moves on under it",
-    )
-    gate: Literal["task", "shared"] = Field(default="task", description="one gate a task, or one for all tasks")
-    gate_std: float = Field(default=0.0, ge=0, description="standard deviation of a new gate's weights; 0: zeros")
-    alpha: float = Field(default=0.1, ge=0, description="weight of the adversary; 0 turns it off")
-    discriminator_memory: Literal["gaussian", "none"] = Field(
-        default="gaussian", description="how the discriminator remembers old tasks; none: as in the paper, not at all"
-    )
-    warm_start: Literal["zero", "shared"] = Field(
-        default="zero", description="how a new task expert starts: as no change, or as a copy of the shared expert"
-    )
-
-    @classmethod
-    def paper(cls) -> Self:
-        """The settings of arXiv 2509.18133 and its published code."""
-        return cls(dropout=0.05, retention="live", gate="shared", gate_std=0.02, discriminator_memory="none")
-
-
-METHODS: dict[str, type[MethodConfig]] = {"moe-cl": MoECLConfig}
-
-
-class TrainConfig(_Settings):
+class TrainConfig(Settings):
     """How each task is trained."""
 
     epochs: int = Field(default=3, ge=1, description="passes over a task's training rows")
@@ -272,7 +212,7 @@ class TrainConfig(_Settings):
 PAPER_TRAIN: dict[str, Any] = {"epochs": 3, "batch_size": 8, "lr": 2e-4, "weight_decay": 0.01}
 
 
-class StreamConfig(_Settings):
+class StreamConfig(Settings):
     """A stream file: the base, the method, how to train, and the tasks in the order in which they are learned."""
 
     name: str | None = Field(default=None, description="the run's name, for reports; null: the run folder's")
@@ -290,6 +230,11 @@ class StreamConfig(_Settings):
     train: TrainConfig = Field(default_factory=TrainConfig, description="how each task is trained")
     tasks: list[TaskConfig] = Field(min_length=1, description="the tasks, in the order in which they are learned")
 
+    @classmethod
+    def chosen(cls, fields: dict[str, Any]) -> dict[str, type[BaseModel]]:
+        name = str((_given(_named(fields.get("method"))) or {}).get("name"))
+        return {"method": method_settings(name) if name in method_names() else MoECLConfig}
+
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, data: Any) -> Any:
@@ -298,8 +243,8 @@ class StreamConfig(_Settings):
         method, train = _given(_named(data.get("method"))), _given(data.get("train"))
         if method is None or train is None:
             return data
-        known = METHODS.get(str(method.get("name", "moe-cl")))
-        method = {**known.paper().model_dump(), **method} if known else method
+        name = str(method.get("name", "moe-cl"))
+        method = {**method_settings(name).paper().model_dump(), **method} if name in method_names() else method
         return {"head": "classifier", **data, "method": method, "train": {**PAPER_TRAIN, **train}}
 
     @field_validator("train", mode="before")
@@ -316,10 +261,9 @@ class StreamConfig(_Settings):
         name = given.get("name", "moe-cl")
         if not isinstance(name, str):
             raise not_a_text(name, "name")
-        if name not in METHODS:
-            known = ", ".join(METHODS)
-            raise problem(f"{show(name)} is not a method; use one of: {known}{near(name, METHODS)}", "name")
-        return METHODS[name].model_validate({**given, "name": name})
+        if name not in (known := method_names()):
+            raise problem(f"{show(name)} is not a method; use one of: {', '.join(known)}{near(name, known)}", "name")
+        return method_settings(name).model_validate({**given, "name": name})
 
     @model_validator(mode="after")
     def _tasks_go_together(self) -> Self:
@@ -353,7 +297,7 @@ def _given(section: Any) -> dict[str, Any] | None:
 
 def describe_settings(method: str = "moe-cl") -> list[Setting]:
     """Every key of a stream file as (key, type, default, description); `method` says whose settings are listed."""
-    return settings(StreamConfig, {"method": METHODS[method]})
+    return settings(StreamConfig, {"method": method_settings(method)})
 
 
 def load_stream(path: str | Path, overrides: Iterable[str] = ()) -> StreamConfig:
@@ -399,12 +343,7 @@ def _validated(model: type[_Config], document: Document) -> _Config:
     try:
         return model.model_validate(document.data)
     except ValidationError as error:
-        raise explain(error, settings(model, {"method": _method_class(document.data)}), document) from None
-
-
-def _method_class(data: dict[str, Any]) -> type[MethodConfig]:
-    given = _given(_named(data.get("method"))) or {}
-    return METHODS.get(str(given.get("name")), MoECLConfig)
+        raise explain(error, settings(model, model.chosen(document.data)), document) from None
 
 
 def dump_stream(config: StreamConfig) -> str:

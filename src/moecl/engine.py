@@ -19,7 +19,7 @@ from moecl.data.encode import Encoded, Encoder, collate, token_batches
 from moecl.data.task import Example, example
 from moecl.errors import BaseError, TaskError
 from moecl.model import MoECL, TaskNames
-from moecl.nn.moe_ffn import Call, run_with
+from moecl.nn.call import Call, run_with
 from moecl.prefix import Prefixes
 
 __all__ = ["Engine", "Entry", "Prediction", "Request"]
@@ -234,7 +234,7 @@ class Engine:
             positions = prompt.sum(dim=1, keepdim=True) + torch.arange(ids.shape[1], device=prompts.device)
             own = cache if last else copy.deepcopy(cache)
             own.batch_select_indices(rows)
-            with run_with(Call(call.parts, None if call.rows is None else call.rows[rows])):
+            with run_with(call.of(rows)):
                 logits = self.model.base(
                     input_ids=ids,
                     attention_mask=torch.cat([prompt, torch.ones_like(ids)], dim=1),
@@ -266,6 +266,7 @@ class Engine:
         padded = collate([request.row for request in batch], self.pad_id, side="left", answers=False)
         ids, mask = padded["input_ids"].to(self.model.device), padded["attention_mask"].to(self.model.device)
         call = self.model.call([request.entry.task.name for request in batch], len(batch), self.bank)
+        call.attention_mask = mask
         if one_forward and self.prefixes is not None:
             call.prefix = self.prefixes.batch([request.row.input_ids for request in batch], "left")
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)

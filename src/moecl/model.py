@@ -24,12 +24,15 @@ from moecl.backbone import (
     weights_sha256,
 )
 from moecl.bank import Bank, Entry, check_same_base, find, fitting, open_store, settings_of
-from moecl.config import MoECLConfig, Task
+from moecl.config import Task
 from moecl.errors import BaseError, ConfigError, StoreError, TaskError
-from moecl.nn.gated import GatedLearner, to_tensors
+from moecl.method_config import MoECLConfig
+from moecl.nn.call import Call, run_with
+from moecl.nn.forms import to_tensors
+from moecl.nn.gated import GatedLearner
 from moecl.nn.inject import Injected
 from moecl.nn.lora import Geometry
-from moecl.nn.moe_ffn import Call, pack_bytes, run_with
+from moecl.nn.moe_ffn import pack_bytes
 from moecl.store import BaseInfo, Store, TaskRecord
 
 __all__ = ["Entry", "MoECL", "MoECLOutput", "TaskNames"]
@@ -39,11 +42,15 @@ TaskNames = str | Sequence[str | None] | None
 
 @dataclass
 class MoECLOutput(ModelOutput):
-    """`loss` []; `logits` [answer tokens, vocabulary] or [B, labels]; `features` layer -> [B, D] where asked for."""
+    """`loss` []; `logits` [answer tokens, vocabulary] or [B, labels]; `features` layer -> [B, D] where asked for.
+
+    `query` [B, D]: the mean embedding of each text, where the task's form reads it.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     features: dict[int, Tensor] | None = None
+    query: Tensor | None = None
 
 
 class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-learning", "lora"]):
@@ -182,9 +189,9 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         call.dropout = self.config.dropout if self.training else 0.0
         call.prefix = prefix
         adversary = self._adversary(task) if labels is not None else None
+        call.attention_mask = given.new_ones(given.shape[:2]) if attention_mask is None else attention_mask
         if features or adversary is not None:
             call.features = {}
-            call.attention_mask = given.new_ones(given.shape[:2]) if attention_mask is None else attention_mask
         heads = {parts.head is not None for parts in call.parts if parts is not None}
         if True in heads:
             output = self._classify(call, heads, inputs, labels)
@@ -227,7 +234,7 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         with run_with(call):
             logits = self.base(**{**inputs, "use_cache": False}).logits
         loss = F.cross_entropy(logits.float(), labels[:, 1:][wanted])
-        return MoECLOutput(loss=loss, logits=logits, features=call.features)
+        return MoECLOutput(loss=loss, logits=logits, features=call.features, query=call.query)
 
     def _classify(
         self, call: Call, heads: Iterable[bool], inputs: Mapping[str, Any], labels: Tensor | None
@@ -243,12 +250,14 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         last = hidden[:, -1] if mask is None else hidden[torch.arange(len(hidden)), last_real(mask)]
         logits = parts.head(last.float())
         loss = None if labels is None else F.cross_entropy(logits, labels)
-        return MoECLOutput(loss=loss, logits=logits, features=call.features)
+        return MoECLOutput(loss=loss, logits=logits, features=call.features, query=call.query)
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, task: TaskNames = None, **kwargs: Any) -> Any:
         """transformers' `generate` with rows answered as `task` says; beams and samples of a row keep its task."""
-        with run_with(self.call(task, len(input_ids), self.bank)):
+        call = self.call(task, len(input_ids), self.bank)
+        call.attention_mask = kwargs.get("attention_mask", torch.ones_like(input_ids))
+        with run_with(call):
             return self.base.generate(input_ids, **kwargs)  # type: ignore[operator]
 
     def detach(self) -> PreTrainedModel:
@@ -290,7 +299,8 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
 
         def record(entry: Entry) -> tuple[TaskRecord, dict[str, dict[str, Tensor]]]:
             parts = entry.parts
-            kept = TaskRecord(task=entry.task, form="gated", settings={"scale": parts.scale, **settings})
+            scale = getattr(parts, "scale", 1.0)
+            kept = TaskRecord(task=entry.task, form=parts.form, settings={"scale": scale, **settings})
             return kept, to_tensors(parts)
 
         learner = self.learner

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from moecl._sizes import EXPERT_MEMORY
 from moecl.backbone import Backbone, load_backbone, resolve_device, resolve_precision
 from moecl.bank import Entry, check_same_base, fitting
-from moecl.config import MoECLConfig, StreamConfig, Task, TaskConfig
+from moecl.config import StreamConfig, Task, TaskConfig
 from moecl.data.derived import Derived
 from moecl.data.encode import Encoded
 from moecl.data.task import Split, TaskData, load_task_data, overlaps, read_split
@@ -24,8 +24,9 @@ from moecl.data.tokens import encode_split
 from moecl.engine import Engine
 from moecl.errors import ConfigError, DataError, RunError
 from moecl.evaluate import Score, evaluate_task, prompts
+from moecl.method_config import MoECLConfig
 from moecl.methods import make_method
-from moecl.methods.base import Method
+from moecl.methods.base import Finished, Method
 from moecl.model import MoECL
 from moecl.prefix import prefixes
 from moecl.results import Result, SplitInfo
@@ -106,6 +107,7 @@ class Session:
         self.prefixes = prefixes(self.model, self.store.manifest.base.sha256, train.prefix_cache, watcher.note)
         self._engine = Engine(self.model, self.tokenizer, None, train.eval_batch_tokens, self.prefixes)
         self.tokens = Derived("tokens", TOKEN_BYTES, watcher.note)
+        self._check_rows()
         for course in self.courses:
             self._encode(course)
         self.model.train()
@@ -143,6 +145,18 @@ class Session:
             else:
                 course.test = (split, [])
         return course
+
+    def _check_rows(self) -> None:
+        """Raises where rows of several tasks would meet in a batch, or be missing in it, that must not."""
+        name, method = self.config.method.name, self.method
+        if method.keeps_rows and any(course.task.head == "classifier" for course in self.courses):
+            raise ConfigError(
+                f"method: {name} trains on rows of several tasks at once, which need a head in common; set head: lm"
+            )
+        if method.learns_together and len({course.data is None for course in self.courses}) > 1:
+            raise RunError(
+                f"{self.folder.path}: {name} learns all tasks at once; run the stream again in another folder (-o)"
+            )
 
     def _encode(self, course: Course) -> None:
         engine = self.engine()
@@ -215,61 +229,72 @@ class Session:
         return self._finish()
 
     def _advance(self, number: int) -> bool:
-        """Learn the `number`-th task and measure its row of R; whether anything was left to do."""
-        course = self.courses[number - 1] if number else None
-        learns = course is not None and course.name not in self.model.bank
-        if course is not None and learns:
-            self._learn_one(course)
+        """Learn what is due after `number - 1` tasks and measure row `number` of R; whether anything was left to do."""
+        due = [course for course in self._due(number) if course.name not in self.model.bank]
+        if due:
+            self._learn(due)
         if measures := len(self.progress.R) == number:
             self._evaluate_row(number)
         elif ahead := number == len(self.courses) - 1:
             self._look_ahead(self.courses[-1])
             return ahead
-        return learns or measures
+        return bool(due) or measures
 
-    def _learn_one(self, course: Course) -> None:
-        begun, name = time.monotonic(), course.name
-        assert course.data is not None
-        self.model.bank[name] = Entry(course.task, self.method.begin(course.task))
+    def _due(self, number: int) -> list[Course]:
+        """The tasks to learn as the `number`-th: that one; where all are learned together, all of them as the last."""
+        if self.method.learns_together:
+            return self.courses if number == len(self.courses) else []
+        return self.courses[number - 1 : number] if number else []
+
+    def _learn(self, courses: Sequence[Course]) -> None:
+        """Learn a task, or several at once."""
+        begun, [*_, course] = time.monotonic(), courses
+        rows = self.method.rehearse([row for one in courses for row in one.train])
+        parts = self.method.begin(course.task)
+        for one in courses:
+            self.model.bank[one.name] = Entry(one.task, parts)
         learned = learn_task(
             self.model,
             self.method,
             course.task,
-            course.train,
+            rows,
             self.config.train,
-            self.folder.checkpoints / name,
+            self.folder.checkpoints / course.name,
             pad_id=self.engine().pad_id,
             prefixes=self.prefixes,
-            score=None if course.data.validation is None else lambda: self._validate(course),
-            tell=lambda step, steps, figures: self.watcher.training(name, step, steps, figures),
-            trackers=[make(self.folder, name) for make in self.trackers],
+            score=(lambda: self._validate(courses)) if any(one.validation for one in courses) else None,
+            tell=lambda step, steps, figures: self.watcher.training(course.name, step, steps, figures),
+            trackers=[make(self.folder, course.name) for make in self.trackers],
         )
-        self.progress.details[name] = details(learned) | {"seconds": time.monotonic() - begun}
+        seconds = (time.monotonic() - begun) / len(courses)
+        for one in courses:
+            self.progress.details[one.name] = details(learned) | {"seconds": seconds}
         self.folder.save_progress(vars(self.progress))  # before the commit, after which the task is not learned again
         finished = self.method.finish()
-        record = TaskRecord(
-            task=course.task,
-            form=finished.form,
-            settings={
-                "adapt_layers": getattr(self.config.method, "adapt_layers", "all"),
-                "seed": self.config.train.seed,
-                **finished.settings,
-            },
+        records = [self._record(one.task, finished) for one in courses]
+        self.store.commit(
+            [(record, finished.tensors) for record in records], self.method.export(), finished.moved or None
         )
-        self.store.commit([(record, finished.tensors)], training=self.method.export(), moved=finished.moved or None)
-        self.model.bank.take(self.store, [self.store.record(name)])
-        course.data, course.train, course.validation = None, [], []
-        shutil.rmtree(self.folder.checkpoints / name, ignore_errors=True)
+        self.model.bank.moving = self.method.moving()
+        self.model.bank.take(self.store, [self.store.record(one.name) for one in courses])
+        for one in courses:
+            one.data, one.train, one.validation = None, [], []
+        shutil.rmtree(self.folder.checkpoints / course.name, ignore_errors=True)
+
+    def _record(self, task: Task, finished: Finished) -> TaskRecord:
+        return TaskRecord(task=task, form=finished.form, settings={"seed": self.config.train.seed, **finished.settings})
 
     def engine(self, bank: Mapping[str, Entry] | None = None) -> Engine:
         return self._engine.over(self.model.bank if bank is None else bank)
 
-    def _validate(self, course: Course) -> float:
-        assert course.data is not None
-        assert course.data.validation is not None
-        entry = self.model.bank[course.name]
-        score = evaluate_task(self.engine(), entry, course.data.validation, course.validation).score
-        self.watcher.validated(course.name, score)
+    def _validate(self, courses: Sequence[Course]) -> float:
+        """The mean score of the tasks under way, over those with a validation split."""
+        splits = [(one, one.data.validation) for one in courses if one.data and one.data.validation]
+        scores = [
+            evaluate_task(self.engine(), self.model.bank[one.name], split, one.validation).score
+            for one, split in splits
+        ]
+        self.watcher.validated(courses[-1].name, score := sum(scores) / len(scores))
         return score
 
     # Evaluating
@@ -277,6 +302,8 @@ class Session:
     def _evaluate_row(self, number: int) -> None:
         """Row `number` of R: every task that is asked for, after `number` tasks were learned."""
         wanted = [course for place, course in enumerate(self.courses) if asked_for(self.config, number, place)]
+        if self.method.learns_together and 0 < number < len(self.courses):
+            wanted = []  # nothing is learned yet
         row: dict[str, float | None] = {}
         for done, course in enumerate(wanted):
             self.watcher.evaluating(number, course.name, done, len(wanted))
@@ -290,7 +317,7 @@ class Session:
 
     def _look_ahead(self, newest: Course) -> None:
         """The cells of a task that came after the run had ended: before any task, and just before it is learned."""
-        if self.config.evaluate == "seen" or newest.name in self.model.bank:
+        if self.config.evaluate == "seen" or newest.name in self.model.bank or self.method.learns_together:
             return
         for number, method in ((0, attach_method(self.model, self.config)), (len(self.courses) - 1, self.method)):
             if self.progress.R[number][-1] is None and (score := self._score(newest, method)) is not None:
@@ -384,13 +411,18 @@ def trackers(names: Sequence[str], watcher: Watcher) -> list[Callable[[RunFolder
 
 
 def attach(backbone: Backbone, config: StreamConfig) -> tuple[MoECL, Method]:
-    settings = config.method if isinstance(config.method, MoECLConfig) else MoECLConfig()
+    method = config.method
+    settings = (
+        method
+        if isinstance(method, MoECLConfig)
+        else MoECLConfig(adapt_layers=method.adapt_layers, dropout=getattr(method, "dropout", 0.0))
+    )
     model = MoECL(backbone, settings, config.train.seed)
     return model, attach_method(model, config)
 
 
 def attach_method(model: MoECL, config: StreamConfig) -> Method:
-    method = make_method(config.method, model.geometry, config.train.seed)
+    method = make_method(config.method, model.geometry, config.train.seed, model.injected)
     method.state.to(model.device)
     return method
 

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import itemgetter
@@ -59,8 +59,8 @@ class Learner(nn.Module):
         self.task_loss = loss.detach()
         if self.training:
             self.count += 1
-        if wanted:
-            loss = loss + self.method.penalty(output.features, self.count)
+            penalty = self.method.penalty(output.features or {}, self.count, output.query)
+            loss = loss if penalty is None else loss + penalty
         return {"loss": loss}
 
 
@@ -301,6 +301,16 @@ def pass_steps(steps: int, epochs: int, an_epoch: int) -> list[int]:
     return sorted({max(1, round(steps * (number + 1) / count)) for number in range(count)}) if count else []
 
 
+def row_losses(learner: Learner, rows: Sequence[Encoded], pad_id: int, prefixes: Prefixes | None) -> Iterator[Tensor]:
+    """The task's loss on each row alone, without the method's penalty."""
+    learner.eval()
+    with Feed(rows, [[place] for place in range(len(rows))], pad_id, prefixes) as feed:
+        for place in range(len(rows)):
+            batch = {name: tensor.to(learner.model.device) for name, tensor in feed[place].items()}
+            yield learner(**batch)["loss"]
+    learner.train()
+
+
 def learn_task(
     model: MoECL,
     method: Method,
@@ -352,5 +362,6 @@ def learn_task(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         passes.restore_best()
         trainer.check()
+        method.learned(row_losses(learner, rows, pad_id, prefixes))
     trained = sum(p.numel() for group in method.groups().values() for p in group)
     return Learned(trainer.state.global_step, passes.best_step, passes.curve, method.log(), trained)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from moecl.config import METHODS, MoECLConfig, Task
+from moecl.config import Task
+from moecl.method_config import METHODS, MoECLConfig
 from moecl.methods import REGISTRY, make_method
 from moecl.methods.moe_cl import MoECLMethod
 from moecl.model import MoECL
@@ -110,7 +111,7 @@ def test_exact_retention_hands_over_copies(gate):
     finished = one.finish()
     assert finished.form == "gated"
     assert finished.moved == {}
-    assert finished.settings == {"scale": 8.0, **one.config.model_dump(exclude={"name"})}
+    assert finished.settings == {"method": "moe-cl", "scale": 8.0, **one.config.model_dump(exclude={"name"})}
     assert finished.tensors.keys() == {"shared", "task", "gate"}
     before = {name: {k: t.clone() for k, t in part.items()} for name, part in finished.tensors.items()}
     one.begin(B)

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moecl.nn.call import Call, run_with
 from moecl.nn.discriminator import MAX_DRAWN, Adversary, gradient_reversal
 from moecl.nn.inject import Injected
 from moecl.nn.lora import Geometry
-from moecl.nn.moe_ffn import Call, run_with
 from tiny import parameters, random_parts, tiny_batch, tiny_model
 
 D = 32

@@ -8,8 +8,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moecl.nn import fused
+from moecl.nn.call import Call, run_with
 from moecl.nn.inject import Injected
-from moecl.nn.moe_ffn import Call, Gated, MoEFFN, run_with
+from moecl.nn.moe_ffn import Gated, MoEFFN
 from tiny import FAMILIES, HIDDEN, UNGATED, WIDE, parameters, random_parts, tiny_batch, tiny_model
 
 LAYER, RANK, ROWS, LENGTH = 1, 4, 3, 9

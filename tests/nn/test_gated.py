@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from moecl.config import MoECLConfig
-from moecl.nn.gated import GatedLearner, from_tensors, seeded, to_tensors
+from moecl.nn.call import Call, run_with
+from moecl.nn.forms import from_tensors, to_tensors
+from moecl.nn.gated import GatedLearner, seeded
 from moecl.nn.inject import Injected
-from moecl.nn.moe_ffn import Call, Gated, run_with
+from moecl.nn.moe_ffn import Gated
 from tiny import HIDDEN, LAYERS, parameters, tiny_batch, tiny_model
 
 CONFIGS = {

@@ -6,9 +6,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 from moecl.errors import BaseError
+from moecl.nn.call import Call, run_with
 from moecl.nn.inject import SUPPORTED, Injected, decoder_layers
 from moecl.nn.lora import Expert, Gate
-from moecl.nn.moe_ffn import Call, Gated, run_with
+from moecl.nn.moe_ffn import Gated
 from tiny import FAMILIES, HIDDEN, WIDE, parameters, random_parts, redraw, tiny_batch, tiny_model
 
 
@@ -225,7 +226,7 @@ def test_checkpointing_changes_no_gradient(family, dropout):
     runs = [0]
     for layer in injected.layers.values():
         moe_ffn = (layer.fc1 if family == "opt" else layer.mlp).forward
-        moe_ffn.mix = counting(moe_ffn.mix, runs)
+        moe_ffn.run = counting(moe_ffn.run, runs)
 
     def run():
         runs[0] = 0

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moecl.nn.call import Call, current_call, run_with
 from moecl.nn.inject import Injected, decoder_layers
-from moecl.nn.moe_ffn import Call, Gated, MoEFFN, current_call, run_with
+from moecl.nn.moe_ffn import Gated, MoEFFN
 from moecl.nn.reference import delta, reference
 from tiny import FAMILIES, HIDDEN, UNGATED, WIDE, parameters, random_parts, tiny_batch, tiny_model
 

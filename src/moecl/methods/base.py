@@ -1,16 +1,21 @@
 """What a continual-learning method is to the rest: it makes a task's parts, says what it trains, and finishes them."""
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from moecl.config import MethodConfig, Task
-from moecl.nn.moe_ffn import Gated
-
-Parts = Gated  # one form so far
+from moecl.config import Task
+from moecl.data.encode import Encoded
+from moecl.method_config import MethodConfig
+from moecl.nn.call import Parts
+from moecl.nn.forms import tensors, to_tensors
+from moecl.nn.gated import new_head, seeded
+from moecl.nn.inject import Injected
+from moecl.nn.lora import Geometry
 
 
 @dataclass(frozen=True)
@@ -25,16 +30,35 @@ class Finished:
 
 
 class Method(ABC):
-    """One algorithm. The trainer calls `begin`, then `penalty` once a step, then `finish`, task by task.
+    """One algorithm. The trainer calls `rehearse`, `begin`, `penalty` once a step, `learned`, `finish`, task by task.
 
     `state` is all that training changes: its state dict is the checkpoint of a step, and a better step is put back
-    into it before `finish`.
+    into it before `learned`. `base` is the base with its adapted FFNs, for methods that need more of it than its
+    geometry.
     """
 
     name: ClassVar[str]
-    reads_features: bool  # whether `penalty` needs the shared expert's pooled output
+    config_type: ClassVar[type[MethodConfig]]
+    trains: ClassVar[str]  # in words, for `moecl methods`
+    stores: ClassVar[str]
+    needs_task: ClassVar[bool]  # whether an answer depends on which task is asked
+    keeps_rows: ClassVar[bool] = False  # whether it trains on rows of earlier tasks
+    learns_together: ClassVar[bool] = False  # whether it learns all tasks of a stream at once, at its end
+    reads_features: bool = False  # whether `penalty` needs the pooled output of what all tasks share
     config: MethodConfig
     state: nn.Module
+
+    def __init__(self, config: Any, geometry: Geometry, seed: int, base: Injected | None = None) -> None:
+        self.config, self.geometry, self.seed, self._base = config, geometry, seed, base
+
+    @property
+    def base(self) -> Injected:
+        assert self._base is not None, f"{self.name} needs the base: make_method(..., base=model.injected)"
+        return self._base
+
+    def rehearse(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
+        """What a task whose training rows are `rows` is trained on. Called before `begin`."""
+        return rows
 
     @abstractmethod
     def begin(self, task: Task) -> Parts:
@@ -48,13 +72,23 @@ class Method(ABC):
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """What the task under way trains, by group; each is clipped on its own."""
 
-    @abstractmethod
-    def penalty(self, features: Mapping[int, Tensor], step: int) -> Tensor:
-        """What is added to the task's loss; features: layer -> [B, D]."""
+    def penalty(self, features: Mapping[int, Tensor], step: int, query: Tensor | None = None) -> Tensor | None:
+        """What is added to the task's loss; features: layer -> [B, D], query [B, D] where the form reads it."""
+        return None
+
+    def learned(self, losses: Iterable[Tensor]) -> None:  # noqa: B027 - most methods have nothing to do
+        """After the last step: the loss of each training row, with its graph, computed when it is asked for."""
 
     @abstractmethod
     def finish(self) -> Finished:
         """Freeze the task under way."""
+
+    def finished(self, parts: Parts, **settings: Any) -> Finished:
+        moving = self.moving()
+        moved = {name: tensors(module) for name, module in moving.items()}
+        retention = {"retention": "live"} if moving else {}
+        kept = self.config.model_dump(exclude={"name"}) | {"method": self.name} | retention | settings
+        return Finished(parts.form, kept, to_tensors(parts), moved, parts)
 
     @abstractmethod
     def export(self) -> dict[str, dict[str, Tensor]]:
@@ -71,3 +105,28 @@ class Method(ABC):
     def log(self) -> dict[str, float]:
         """Figures of the last step worth watching."""
         return {}
+
+
+def labels(task: Task) -> int:
+    """Rows of the task's classifier head; 0 where the language model answers."""
+    return len(task.labels or ()) if task.head == "classifier" else 0
+
+
+def fresh_head(method: Method, task: Task) -> nn.Linear | None:
+    draw = seeded(method.seed, task.name, "head")
+    device = next(method.base.base.parameters()).device
+    return new_head(labels(task), method.geometry.hidden_size, draw).to(device) if labels(task) else None
+
+
+def describe(method: type[Method]) -> dict[str, str]:
+    """A method in words: name, summary, trains, stores, needs."""
+    summary = (inspect.getdoc(method.config_type) or method.name).splitlines()[0]
+    needs = "the task's name" if method.needs_task else "nothing"
+    rows = ", rows of earlier tasks" if method.keeps_rows else ""
+    return {
+        "name": method.name,
+        "summary": summary,
+        "trains": method.trains,
+        "stores": method.stores,
+        "needs": needs + rows,
+    }

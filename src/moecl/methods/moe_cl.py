@@ -12,22 +12,27 @@ published setting.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
-from moecl.config import MoECLConfig, Task
-from moecl.methods.base import Finished, Method, Parts
-from moecl.nn.gated import GatedLearner, tensors, to_tensors
+from moecl.config import Task
+from moecl.method_config import MoECLConfig
+from moecl.methods.base import Finished, Method, labels
+from moecl.nn.call import Parts
+from moecl.nn.gated import GatedLearner
+from moecl.nn.inject import Injected
 from moecl.nn.lora import Geometry
 
 
 class MoECLMethod(Method):
-    name = "moe-cl"
+    name, config_type = "moe-cl", MoECLConfig
+    trains, stores, needs_task = "a shared and a task expert, gate, discriminator", "each task's experts and gate", True
     config: MoECLConfig
     state: GatedLearner
 
-    def __init__(self, config: MoECLConfig, geometry: Geometry, seed: int) -> None:
-        self.config = config
+    def __init__(self, config: Any, geometry: Geometry, seed: int, base: Injected | None = None) -> None:
+        super().__init__(config, geometry, seed, base)
         self.state = GatedLearner(geometry, config, seed)
         self.reads_features = self.state.adversary is not None
 
@@ -40,14 +45,11 @@ class MoECLMethod(Method):
     def groups(self) -> dict[str, list[nn.Parameter]]:
         return self.state.groups()
 
-    def penalty(self, features: Mapping[int, Tensor], step: int) -> Tensor:
-        return self.state.loss(features, step)
+    def penalty(self, features: Mapping[int, Tensor], step: int, query: Tensor | None = None) -> Tensor | None:
+        return self.state.loss(features, step) if self.reads_features else None
 
     def finish(self) -> Finished:
-        parts = self.state.finish()
-        moved = {name: tensors(part) for name, part in self.moving().items()}
-        settings = {"scale": parts.scale, **self.config.model_dump(exclude={"name"})}
-        return Finished("gated", settings, to_tensors(parts), moved, parts)
+        return self.finished(self.state.finish(), scale=self.state.scale)
 
     def export(self) -> dict[str, dict[str, Tensor]]:
         return self.state.export()
@@ -63,8 +65,3 @@ class MoECLMethod(Method):
         if adversary is None or adversary.accuracy is None:
             return {}
         return {"discriminator_accuracy": float(adversary.accuracy)}
-
-
-def labels(task: Task) -> int:
-    """Rows of the task's classifier head; 0 where the language model answers."""
-    return len(task.labels or ()) if task.head == "classifier" else 0

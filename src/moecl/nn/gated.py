@@ -4,18 +4,19 @@ One shared expert and the adversary live as long as the model; a task expert, an
 made when a task begins. `finish` hands back the parts that answer for the task from then on.
 """
 
-import copy
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moecl.config import MoECLConfig
+from moecl.method_config import MoECLConfig
+from moecl.nn.call import Parts
 from moecl.nn.discriminator import Adversary
-from moecl.nn.lora import Expert, Gate, Geometry, freeze, load_expert, load_gate
+from moecl.nn.forms import frozen_copy, tensors
+from moecl.nn.lora import Expert, Gate, Geometry
 from moecl.nn.moe_ffn import Gated
+from moecl.nn.sums import Sum
 
 HEAD_STD = 0.02  # as transformers draws a classification head
 
@@ -46,7 +47,9 @@ class GatedLearner(nn.Module):
         self.shared = Expert(geometry, config.rank).reset(seeded(seed, "shared"))
         self.gate = Gate(geometry).reset(seeded(seed, "gate"), config.gate_std) if config.gate == "shared" else None
         self.adversary = (
-            Adversary(geometry, config.alpha, config.discriminator_memory == "gaussian") if config.alpha > 0 else None
+            Adversary(geometry, config.alpha, config.discriminator_memory == "gaussian")
+            if config.alpha > 0 and config.experts != "task"
+            else None
         )
         self.task = self.own_gate = self.head = None
 
@@ -54,21 +57,26 @@ class GatedLearner(nn.Module):
     def scale(self) -> float:
         return self.config.lora_alpha / self.config.rank
 
-    def begin(self, name: str, labels: int = 0) -> Gated:
+    def begin(self, name: str, labels: int = 0) -> Parts:
         """Fresh trainable parts for a task; `labels` > 0 gives it a classifier head."""
         assert self.task is None, "finish the task under way first"
-        fresh = self.preview(name, labels)
+        fresh = self._fresh(name, labels)
         self.task, self.head = fresh.task, fresh.head
         self.own_gate = None if self.gate is not None else fresh.gate
         if self.adversary is not None:
             self.adversary.grow(seeded(self.seed, self.adversary.classes, "active"))
-        self.requires_grad_(True)
+        self.requires_grad_(False)
+        for p in (p for group in self.groups().values() for p in group):
+            p.requires_grad_(True)
         device = next(self.shared.parameters()).device
         self.to(device)
         return self.parts()
 
-    def preview(self, name: str, labels: int = 0) -> Gated:
+    def preview(self, name: str, labels: int = 0) -> Parts:
         """The parts a task has before its first step."""
+        return self._form(self._fresh(name, labels))
+
+    def _fresh(self, name: str, labels: int) -> Gated:
         device = next(self.shared.parameters()).device
         task = Expert(self.geometry, self.config.rank).reset(seeded(self.seed, name, "task"))
         if self.config.warm_start == "shared":
@@ -77,15 +85,26 @@ class GatedLearner(nn.Module):
         head = new_head(labels, self.geometry.hidden_size, seeded(self.seed, name, "head")) if labels else None
         return Gated(self.shared, task.to(device), gate.to(device), self.scale, head.to(device) if head else None)
 
-    def parts(self) -> Gated:
+    def _form(self, parts: Gated) -> Parts:
+        """All of them, or for the ablations one expert alone."""
+        if self.config.experts == "both":
+            return parts
+        return Sum(parts.task if self.config.experts == "task" else parts.shared, parts.scale, parts.head)
+
+    def _all(self) -> Gated:
         gate = self.gate or self.own_gate
         assert self.task is not None, "no task under way"
         assert gate is not None
         return Gated(self.shared, self.task, gate, self.scale, self.head)
 
+    def parts(self) -> Parts:
+        return self._form(self._all())
+
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """What the task under way trains: the experts' side, and the discriminator against it."""
-        ours = [p for name, p in self.named_parameters() if not name.startswith("adversary.")]
+        idle = {"both": (), "task": ("shared.", "gate.", "own_gate."), "shared": ("task.", "gate.", "own_gate.")}
+        out = ("adversary.", *idle[self.config.experts])
+        ours = [p for name, p in self.named_parameters() if not name.startswith(out)]
         return {"experts": ours, "discriminator": [] if self.adversary is None else list(self.adversary.parameters())}
 
     def loss(self, features: Mapping[int, Tensor], step: int) -> Tensor:
@@ -93,14 +112,14 @@ class GatedLearner(nn.Module):
         assert self.adversary is not None
         return self.adversary.loss(features, seeded(self.seed, self.adversary.classes, "draw", step))
 
-    def finish(self) -> Gated:
+    def finish(self) -> Parts:
         """Freeze the task's parts. Retention `exact` copies the shared ones too; `live` lets them move on."""
-        parts = self.parts()
+        parts = self._all()
         exact = self.config.retention == "exact"
         shared = frozen_copy(parts.shared) if exact else parts.shared
         gate = parts.gate if self.gate is not None and not exact else frozen_copy(parts.gate)
         head = None if parts.head is None else frozen_copy(parts.head)
-        finished = Gated(shared, frozen_copy(parts.task), gate, self.scale, head)
+        finished = self._form(Gated(shared, frozen_copy(parts.task), gate, self.scale, head))
         if self.adversary is not None:
             self.adversary.remember()
         self.task = self.own_gate = self.head = None
@@ -108,8 +127,10 @@ class GatedLearner(nn.Module):
 
     def moving(self) -> dict[str, nn.Module]:
         """The parts that move on under finished tasks, by their names in the store."""
-        if self.config.retention == "exact":
+        if self.config.retention == "exact" or self.config.experts == "task":
             return {}
+        if self.config.experts == "shared":
+            return {"lora": self.shared}
         return {"shared": self.shared} | ({} if self.gate is None else {"gate": self.gate})
 
     def export(self) -> dict[str, dict[str, Tensor]]:
@@ -134,34 +155,3 @@ class GatedLearner(nn.Module):
             rows = torch.stack([state["discriminator"][f"layers.{i}.discriminator"] for i in ids])
             memory = {name: [state["memory"][f"layers.{i}.{name}"] for i in ids] for name in ("mean", "variance")}
             adversary.restore(rows, torch.stack(memory["mean"]), torch.stack(memory["variance"]))
-
-
-def frozen_copy(module: Any) -> Any:
-    return freeze(copy.deepcopy(module))
-
-
-def tensors(module: nn.Module) -> dict[str, Tensor]:
-    """A module's tensors as the store keeps them: on the CPU, no longer written to."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
-
-
-def to_tensors(parts: Gated) -> dict[str, dict[str, Tensor]]:
-    """The objects of a gated task in the store, by part."""
-    found = {"shared": tensors(parts.shared), "task": tensors(parts.task), "gate": tensors(parts.gate)}
-    if parts.head is not None:
-        found["head"] = {"head": parts.head.weight.detach().cpu().clone()}
-    return found
-
-
-def from_tensors(geometry: Geometry, part: str, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """One part of `to_tensors`, a frozen copy; RuntimeError or KeyError where names or shapes are not this geometry's.
-
-    A copy, since how kernels round depends on the alignment of what they read, which a file does not keep.
-    """
-    if part == "gate":
-        return load_gate(geometry, tensors)
-    if part != "head":
-        return load_expert(geometry, tensors)
-    head = nn.Linear(geometry.hidden_size, tensors["head"].shape[0], bias=False)
-    head.load_state_dict({"weight": tensors["head"]})
-    return freeze(head)

@@ -17,9 +17,11 @@ from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
 from moecl.errors import BaseError
+from moecl.nn.call import Call, current_call, run_with, token_shares
 from moecl.nn.ffn import FFN
 from moecl.nn.lora import GATED, UNGATED, Geometry
-from moecl.nn.moe_ffn import Call, MoEFFN, current_call, run_with
+from moecl.nn.moe_ffn import MoEFFN
+from moecl.nn.weights import Projections
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Injected:
             raise BaseError(f"method.adapt_layers: {count} is more than the base's {len(layers)} layers; use all")
         self.base = base
         self.layers = {index: layers[index] for index in range(len(layers) - count, len(layers))}
-        names = find_names(base, self.layers)
+        self.names = names = find_names(base, self.layers)
         ffns = {index: take_apart(layer, names) for index, layer in self.layers.items()}
         for index, layer in self.layers.items():
             check_ffn(layer, ffns[index], names, index)
@@ -106,6 +108,19 @@ class Injected:
         except Exception:  # how a family that passes on more than hidden states fails is its own affair
             return False
         return torch.equal(*ends)
+
+    def projections(self) -> Projections:
+        """A trainable float32 copy of the adapted FFNs' projections."""
+        return Projections(
+            {index: linears(layer, self.names, self.geometry.projections) for index, layer in self.layers.items()}
+        )
+
+    @torch.no_grad()
+    def queries(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """[rows, D] float32: the mean embedding of each text's tokens."""
+        embed = self.base.get_input_embeddings()  # type: ignore[operator]
+        device = embed.weight.device
+        return torch.stack([embed(torch.tensor(list(ids), device=device)).float().mean(dim=0) for ids in rows])
 
     def _inject(self, layer: nn.Module, ffn: FFN, names: Names, index: int) -> None:
         if names.block:
@@ -193,9 +208,12 @@ def _identity(hidden_states: Tensor) -> Tensor:
 
 
 def _note_batch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if (call := current_call()) is not None:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        call.batch_size = hidden_states.shape[0]
+    if (call := current_call()) is None:
+        return
+    hidden_states = args[0] if args else kwargs["hidden_states"]  # (B, T, D), the embeddings
+    call.batch_size = hidden_states.shape[0]
+    if call.query is None and any(parts is not None and parts.reads_query for parts in call.parts):
+        call.query = (token_shares(call, hidden_states) @ hidden_states)[:, 0].detach()
 
 
 def _keep_answers(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -263,6 +281,27 @@ def take_apart(layer: nn.Module, names: Names) -> FFN:
     if names.gate is None:
         return FFN(lambda x: (None, first[0](x)), activation, down, UNGATED, False, matrices)
     return FFN(lambda x: (first[0](x), first[1](x)), activation, down, GATED, False, matrices)
+
+
+def linears(layer: nn.Module, names: Names, projections: Sequence[str]) -> dict[str, nn.Module]:
+    """Copies of an FFN's projections as float32 nn.Linear, by our names."""
+    block = getattr(layer, names.block) if names.block else layer
+    found: list[tuple[Tensor, Tensor | None]] = []
+    for module in (getattr(block, name) for name in (names.gate, names.up, names.down) if name):
+        weight, bias = cast(Tensor, module.weight), module.bias
+        weight = weight if isinstance(module, nn.Linear) else weight.mT
+        halves = 2 if names.fused and len(found) == 0 else 1
+        biases = [None] * halves if bias is None else bias.chunk(halves)
+        found += zip(weight.chunk(halves), biases, strict=True)
+    copies: dict[str, nn.Module] = {}
+    for name, (weight, bias) in zip(projections, found, strict=True):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device=weight.device)
+        with torch.no_grad():
+            linear.weight.copy_(weight)
+            if bias is not None:
+                linear.bias.copy_(bias)
+        copies[name] = linear
+    return copies
 
 
 def _matrices(modules: Sequence[nn.Module], fused: bool) -> tuple[Tensor, ...]:

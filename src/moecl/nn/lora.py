@@ -51,7 +51,7 @@ class Expert(nn.Module):
 
     def __init__(self, geometry: Geometry, rank: int) -> None:
         super().__init__()
-        self.rank = rank
+        self.geometry, self.rank = geometry, rank
         self.layers = nn.ModuleDict(
             {
                 str(index): nn.ModuleDict(

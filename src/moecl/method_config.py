@@ -1,0 +1,177 @@
+"""Settings of the methods, by their names in the registry. Plug-ins bring their own: entry points `moecl.methods`."""
+
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field
+
+from moecl._settings import Settings
+from moecl.errors import ConfigError
+
+ENTRY_POINTS = "moecl.methods"
+
+
+class MethodConfig(Settings):
+    """What the settings of all methods have in common."""
+
+    name: str = Field(description="the method's name in the registry")
+    adapt_layers: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
+        default="all", description="which FFNs are adapted: all, or those of the last n layers"
+    )
+
+    @classmethod
+    def paper(cls) -> Self:
+        """The settings of the paper that `preset: paper` follows; the defaults where the method is not in it."""
+        return cls.model_validate({})
+
+
+class MoECLConfig(MethodConfig):
+    """MoE-CL, arXiv 2509.18133."""
+
+    name: Literal["moe-cl"] = Field(default="moe-cl", description="the method's name in the registry")
+    rank: int = Field(default=8, ge=1, description="rank r of each LoRA pair")
+    lora_alpha: float = Field(default=16.0, gt=0, description="LoRA scale: lora_alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout in front of lora_A; above 0 is slower")
+    retention: Literal["exact", "live"] = Field(
+        default="exact",
+        description="exact: a finished task's outputs never change; live: the shared expert moves on under it",
+    )
+    gate: Literal["task", "shared"] = Field(default="task", description="one gate a task, or one for all tasks")
+    gate_std: float = Field(default=0.0, ge=0, description="standard deviation of a new gate's weights; 0: zeros")
+    alpha: float = Field(default=0.1, ge=0, description="weight of the adversary; 0 turns it off")
+    discriminator_memory: Literal["gaussian", "none"] = Field(
+        default="gaussian", description="how the discriminator remembers old tasks; none: as in the paper, not at all"
+    )
+    warm_start: Literal["zero", "shared"] = Field(
+        default="zero", description="how a new task expert starts: as no change, or as a copy of the shared expert"
+    )
+    experts: Literal["both", "task", "shared"] = Field(
+        default="both",
+        description="an ablation: task leaves out the shared expert and its adversary, shared the task's",
+    )
+
+    @classmethod
+    def paper(cls) -> Self:
+        """The settings of arXiv 2509.18133 and its published code."""
+        return cls(dropout=0.05, retention="live", gate="shared", gate_std=0.02, discriminator_memory="none")
+
+
+class LoRAConfig(MethodConfig):
+    """A method of one LoRA a task: of rank 16, as many trainable parameters as MoE-CL's two experts of rank 8."""
+
+    rank: int = Field(default=16, ge=1, description="rank r of each LoRA pair")
+    lora_alpha: float = Field(default=32.0, gt=0, description="LoRA scale: lora_alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout in front of lora_A")
+
+
+class PerTaskLoRAConfig(LoRAConfig):
+    """A LoRA of its own for each task, and nothing in common."""
+
+    name: Literal["per-task-lora"] = Field(default="per-task-lora", description="the method's name in the registry")
+
+
+class SequentialLoRAConfig(LoRAConfig):
+    """One LoRA, trained on task after task (the paper's FT-P)."""
+
+    name: Literal["sequential-lora"] = Field(default="sequential-lora", description="the method's name in the registry")
+
+
+class SequentialFullConfig(MethodConfig):
+    """The FFNs themselves, trained on task after task (the paper's FT-F)."""
+
+    name: Literal["sequential-full"] = Field(default="sequential-full", description="the method's name in the registry")
+
+
+class JointConfig(LoRAConfig):
+    """One LoRA, trained on all tasks' rows at once: the upper bound, not a continual method."""
+
+    name: Literal["joint"] = Field(default="joint", description="the method's name in the registry")
+
+
+class ReplayConfig(LoRAConfig):
+    """One LoRA, trained on each task's rows and on some that were kept of earlier tasks."""
+
+    name: Literal["replay"] = Field(default="replay", description="the method's name in the registry")
+    share: float = Field(default=0.05, gt=0, le=1, description="share of each task's training rows that is kept")
+
+
+class EWCConfig(LoRAConfig):
+    """Online elastic weight consolidation of one LoRA, arXiv 1612.00796 and 1805.06370."""
+
+    name: Literal["ewc"] = Field(default="ewc", description="the method's name in the registry")
+    strength: float = Field(default=1000.0, ge=0, description="weight of the penalty, lambda")
+    decay: float = Field(default=0.9, ge=0, le=1, description="what is left of the old Fisher information after a task")
+    fisher_rows: int = Field(default=64, ge=1, description="training rows that a task's Fisher information is from")
+
+
+class OLoRAConfig(LoRAConfig):
+    """O-LoRA, arXiv 2310.14152: each task's LoRA is orthogonal to the earlier ones; all are added up."""
+
+    name: Literal["o-lora"] = Field(default="o-lora", description="the method's name in the registry")
+    orthogonality: float = Field(default=0.5, ge=0, description="weight of the overlap with earlier tasks, lambda_1")
+
+
+class NLoRAConfig(LoRAConfig):
+    """N-LoRA, arXiv 2410.10179: each task's LoRA is sparse, so that tasks collide less; all are added up."""
+
+    name: Literal["n-lora"] = Field(default="n-lora", description="the method's name in the registry")
+    sparsity: float = Field(default=0.4, ge=0, description="weight of the l1 norm of a task's LoRA, lambda")
+
+
+class MoCLConfig(LoRAConfig):
+    """MoCL, arXiv 2404.00790: LoRAs of all tasks so far, weighed by how near a text is to their keys."""
+
+    name: Literal["mocl"] = Field(default="mocl", description="the method's name in the registry")
+
+
+class OSFTConfig(MethodConfig):
+    """OSFT, arXiv 2504.07097: the FFNs' low singular directions are trained, the high ones kept (PEFT's OSF tuner)."""
+
+    name: Literal["osft"] = Field(default="osft", description="the method's name in the registry")
+    preserved: float = Field(
+        default=0.5, gt=0, lt=1, description="share of the singular directions kept after the first task; it grows to 1"
+    )
+
+
+METHODS: dict[str, type[MethodConfig]] = {
+    str(config.model_fields["name"].default): config
+    for config in (
+        MoECLConfig,
+        PerTaskLoRAConfig,
+        SequentialLoRAConfig,
+        SequentialFullConfig,
+        JointConfig,
+        ReplayConfig,
+        EWCConfig,
+        OLoRAConfig,
+        MoCLConfig,
+        OSFTConfig,
+        NLoRAConfig,
+    )
+}
+
+
+def method_names() -> list[str]:
+    return [*METHODS, *(name for name in plugins() if name not in METHODS)]
+
+
+def method_settings(name: str) -> type[MethodConfig]:
+    """The settings of a method or plug-in. KeyError where there is none; ConfigError for a plug-in that is broken."""
+    return METHODS[name] if name in METHODS else plugin(name).config_type
+
+
+@cache
+def plugins() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+
+
+def plugin(name: str) -> Any:
+    """The method class that an installed package names. KeyError, ConfigError."""
+    point = plugins()[name]
+    try:
+        return point.load()
+    except Exception as error:  # whatever another's code raises when it is imported
+        raise ConfigError(
+            f"method {name}: {point.value} cannot be loaded ({error}); repair or remove its package"
+        ) from error

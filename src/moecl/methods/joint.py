@@ -1,0 +1,18 @@
+"""Joint multi-task LoRA: one LoRA trained on the rows of all tasks at once, shuffled: the upper bound.
+
+`y = W x + c B A x`. It needs every task's rows at the same time, so it is no continual method: rows of R before the
+last are not measured, and a finished run cannot learn a further task. Trains: one LoRA (rank 16), for as many steps as
+the tasks would take one by one. Stores: one LoRA for all tasks. Needs no task id.
+"""
+
+from typing import ClassVar
+
+from moecl.method_config import JointConfig
+from moecl.methods.one_lora import LoRAMethod
+
+
+class Joint(LoRAMethod):
+    name, config_type = "joint", JointConfig
+    trains, stores, needs_task = "one LoRA, on all tasks at once", "one LoRA for all tasks", False
+    keeps_rows, learns_together = True, True
+    shared: ClassVar[bool] = True

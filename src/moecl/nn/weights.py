@@ -1,0 +1,76 @@
+"""Form `weights`: FFNs whose own weights were trained, in the place of the base's."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moecl.nn.call import Call, Parts
+from moecl.nn.ffn import FFN
+
+
+class Projections(nn.Module):
+    """The adapted FFNs' projections, float32: layer -> projection -> nn.Linear, or what a tuner made of it."""
+
+    def __init__(self, linears: Mapping[int, Mapping[str, nn.Module]]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({str(index): nn.ModuleDict(dict(found)) for index, found in linears.items()})
+
+    @classmethod
+    def load(cls, tensors: Mapping[str, Tensor]) -> "Projections":
+        """A frozen copy of a state dict. KeyError where names are not those of projections."""
+        linears: dict[int, dict[str, nn.Module]] = {}
+        for name, weight in tensors.items():
+            if name.endswith(".bias"):
+                continue
+            _, index, projection, _ = name.split(".")
+            out_features, in_features = weight.shape
+            bias = f"layers.{index}.{projection}.bias" in tensors
+            linears.setdefault(int(index), {})[projection] = nn.Linear(in_features, out_features, bias)
+        found = cls(linears)
+        found.load_state_dict(dict(tensors))
+        return found.requires_grad_(False)
+
+    def project(self, layer: int, projection: str, x: Tensor) -> Tensor:
+        """In x's dtype; a tuner's module in its own."""
+        module: Any = self.layers[str(layer)][projection]  # type: ignore[index]
+        if type(module) is nn.Linear:
+            bias = None if module.bias is None else module.bias.to(x.dtype)
+            return F.linear(x, module.weight.to(x.dtype), bias)
+        return module(x.float()).to(x.dtype)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Weights(Parts):
+    """Form `weights`: `y = W_d' act(W_g' x) * (W_u' x)`, with trained W'."""
+
+    form: ClassVar[str] = "weights"
+    needs: ClassVar[frozenset[str]] = frozenset({"weights"})
+
+    weights: Projections
+    head: nn.Linear | None = None
+
+    def modules(self) -> dict[str, nn.Module]:
+        return self.with_head({"weights": self.weights})
+
+    @classmethod
+    def build(cls, modules: dict[str, Any], settings: Mapping[str, Any]) -> "Weights":
+        return cls(**modules)
+
+    @staticmethod
+    def run(ffn: FFN, layer: int, x: Tensor, call: Call) -> Tensor:
+        y = torch.zeros_like(x)
+        for parts, places, _ in call.each(x):
+            found = parts.run_own(ffn, layer, x[places])
+            if isinstance(places, slice):
+                return found  # type: ignore[no-any-return]
+            y[places] = found
+        return y
+
+    def run_own(self, ffn: FFN, layer: int, x: Tensor) -> Tensor:
+        gate = self.weights.project(layer, "gate_proj", x) if "gate_proj" in ffn.projections else None
+        h = ffn.hidden(gate, self.weights.project(layer, "up_proj", x))  # (B, T, F)
+        return self.weights.project(layer, "down_proj", h)
