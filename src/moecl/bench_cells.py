@@ -1,31 +1,23 @@
-"""One cell in a process of its own: memory is returned, a crash is contained, and it ends when the bench does."""
+"""Where a bench's cells run: each in a process of its own, so that memory is returned and a crash contained."""
 
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
-import traceback
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
-from moecl._atomic import atomic_write
-from moecl.config import StreamConfig
-from moecl.errors import MoECLError
-from moecl.session import Watcher
-from moecl.train import ContinualTrainer
-
-EVERY = 0.5  # seconds between two words on how far a cell is
 LOST = "its process ended without a word (status {status}); {log} may tell why"
-KILLED = "its process was killed (signal {signal}); where memory ran out, use fewer --jobs or a smaller train.batch_size"
+KILLED = (
+    "its process was killed (signal {signal}); where memory ran out, use fewer --jobs or a smaller train.batch_size"
+)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker is given, all of it plain data: the stream, the run folder, and files for its news and its prints."""
+    """What a worker is given, all plain data: the stream, the run folder, the files for its news and its prints."""
 
     stream: dict[str, Any]
     folder: str
@@ -58,30 +50,6 @@ class Pool(Protocol):
         """End all that run; what they have learned is kept."""
 
 
-class News(Watcher):
-    """Tells how far a cell is, in a small file that the bench reads."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.said = path, 0.0
-
-    def note(self, message: str) -> None:
-        print(message, flush=True)
-
-    def training(self, task: str, step: int, steps: int, figures: Mapping[str, float]) -> None:
-        self.tell(doing=f"learning {task}", step=step, steps=steps)
-
-    def evaluating(self, after: int, task: str, done: int, total: int) -> None:
-        self.tell(doing=f"testing {task}", step=done, steps=total)
-
-    def row(self, after: int, tasks: Sequence[str], scores: Sequence[float | None]) -> None:
-        print(f"after {after} tasks: {list(scores)}", flush=True)
-
-    def tell(self, **news: Any) -> None:
-        if time.monotonic() - self.said > EVERY:
-            atomic_write(self.path, json.dumps(news).encode())
-            self.said = time.monotonic()
-
-
 def read_news(path: str | Path) -> dict[str, Any]:
     """What a cell told last; nothing where it has not yet."""
     try:
@@ -89,26 +57,6 @@ def read_news(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def do(work: Work) -> None:
-    """Learn the cell's stream, or go on with it; how that ended is its last news."""
-    news = Path(work.news)
-    try:
-        ContinualTrainer(StreamConfig.model_validate(work.stream), work.folder, News(news)).run()
-        last = {"reason": None}
-    except Exception as error:
-        traceback.print_exc()
-        last = {"reason": reason(error, work.log), "kind": type(error).__name__}
-    atomic_write(news, json.dumps(last).encode())
-
-
-def reason(error: Exception, log: str) -> str:
-    """One line."""
-    if isinstance(error, MoECLError):
-        return str(error)
-    message = " ".join(str(error).split())[:200] or "no message"
-    return f"{type(error).__name__}: {message} (more in {log})"
 
 
 def how_it_ended(id: str, work: Work, status: int) -> Ended:
@@ -130,7 +78,7 @@ class Processes:
         # A session of its own: Ctrl-C is for the bench, which then ends its workers.
         with open(work.log, "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "moecl.bench_cells"],
+                [sys.executable, "-m", "moecl.bench_worker"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -162,21 +110,3 @@ class Processes:
         for id in [*self.running]:
             self.running[id][0].wait()
             self._take(id)
-
-
-def leave_with(bench: IO[bytes]) -> None:
-    """The pipe from the bench ends when the bench does, however it does."""
-    bench.read()
-    os._exit(1)
-
-
-def main() -> None:
-    work = Work(**json.loads(sys.stdin.buffer.readline()))
-    threading.Thread(target=leave_with, args=(sys.stdin.buffer,), daemon=True).start()
-    do(work)
-    sys.stdout.flush()
-    os._exit(0)  # the thread above holds stdin, which an ordinary exit would wait for
-
-
-if __name__ == "__main__":
-    main()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.config import JsonDict
 
 from moecl import _raw, _yaml
 from moecl._explain import Setting, explain, problem, settings
@@ -44,8 +45,8 @@ def _check_free(changes: Mapping[str, Any]) -> None:
 
 Changes = Annotated[dict[str, Any], BeforeValidator(_as_mapping)]
 Search = dict[str, Annotated[list[Any], Field(min_length=1)]]
-CHANGES = {"type": "map or list, as --set takes them", "default": "none"}
-SEARCH = {"type": "map: key to list of values", "default": "none"}
+CHANGES: JsonDict = {"type": "map or list, as --set takes them", "default": "none"}
+SEARCH: JsonDict = {"type": "map: key to list of values", "default": "none"}
 
 
 class _Keys(BaseModel):
@@ -101,8 +102,8 @@ class BenchConfig(_Keys):
     )
     methods: dict[str, dict[str, Any]] = Field(
         min_length=1,
-        description="label: the method's settings, its registry `name` where the label is another, and under `set` what "
-        "it changes in the stream; or a list of names",
+        description="label: the method's settings, its registry `name` where the label is another, and `set`, what it "
+        "changes in the stream; or a list of names",
         json_schema_extra={"type": "map or list"},
     )
     orders: dict[str, list[str]] = Field(
@@ -152,10 +153,10 @@ class BenchConfig(_Keys):
             _check_slugs(what, names)
         if len({*self.seeds}) < len(self.seeds):
             raise problem("holds a seed twice; remove one", "seeds")
-        known = {f"method.{field}" for label in self.methods for field in METHODS[self.method(label)].model_fields}
+        fields = {f"method.{field}" for label in self.methods for field in METHODS[self.method(label)].model_fields}
         for key in self.set:
-            if key.startswith("method.") and not any(key == one or key.startswith(f"{one}.") for one in known):
-                raise problem(f"no method of this bench has {show(key)}{near(key, known)}; remove it", "set", key)
+            if key.startswith("method.") and not any(key == one or key.startswith(f"{one}.") for one in fields):
+                raise problem(f"no method of this bench has {show(key)}{near(key, fields)}; remove it", "set", key)
         for label in self.tune.methods if self.tune else ():
             if label not in self.methods:
                 raise problem(f"no method {show(label)} here{near(label, self.methods)}", "tune", "methods", label)

@@ -1,4 +1,4 @@
-"""How a bench chooses hyper-parameters: a number of trials, the same for each method, scored on validation rows alone."""
+"""How a bench chooses hyper-parameters: as many trials for each method, scored on validation rows alone."""
 
 import math
 import random
@@ -57,7 +57,9 @@ def trial_stream(config: BenchConfig, tune: TuneConfig, label: str, changes: Map
     stream = config.stream_of(label, config.applicable(label, tune.set), changes)
     for task in stream.tasks:
         if task.validation is None:
-            raise ConfigError(f"tune: task {show(task.name)} has no validation rows to choose by; give it some, or remove tune")
+            raise ConfigError(
+                f"tune: task {show(task.name)} has no validation rows to choose by; give it some, or remove tune"
+            )
     tasks = [task.model_copy(update={"test": None}) for task in stream.tasks]
     return stream.model_copy(update={"tasks": tasks, "evaluate": "seen"})
 
@@ -68,10 +70,12 @@ def validation_score(result: Result) -> float:
     Raises:
         RunError: a task has none.
     """
-    scores = [result.details.get(task, {}).get("validation_final") for task in result.tasks]
-    if missing := [task for task, score in zip(result.tasks, scores, strict=True) if score is None]:
-        raise RunError(f"{result.name}: task {show(missing[0])} has no validation_final in its details; run it again")
-    return math.fsum(scores) / len(scores)
+    scores: dict[str, float] = {}
+    for task in result.tasks:
+        if (score := result.details.get(task, {}).get("validation_final")) is None:
+            raise RunError(f"{result.name}: task {show(task)} has no validation_final in its details; run it again")
+        scores[task] = score
+    return math.fsum(scores.values()) / len(scores)
 
 
 def chosen(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
