@@ -29,10 +29,10 @@ class News(Watcher):
         print(message, flush=True)
 
     def training(self, task: str, step: int, steps: int, figures: Mapping[str, float]) -> None:
-        self.tell(doing=f"learning {task}", step=step, steps=steps)
+        self.tell(task=task, doing=f"learning {task}", step=step, steps=steps)
 
     def evaluating(self, after: int, task: str, done: int, total: int) -> None:
-        self.tell(doing=f"testing {task}", step=done, steps=total)
+        self.tell(doing=f"testing {task}", step=done + 1, steps=total)
 
     def row(self, after: int, tasks: Sequence[str], scores: Sequence[float | None]) -> None:
         print(f"after {after} tasks: {list(scores)}", flush=True)
@@ -48,7 +48,7 @@ def do(work: Work) -> None:
     news = Path(work.news)
     try:
         ContinualTrainer(StreamConfig.model_validate(work.stream), work.folder, News(news)).run()
-        last = {"reason": None}
+        last: dict[str, str | None] = {"reason": None}
     except Exception as error:
         traceback.print_exc()
         last = {"reason": reason(error, work.log), "kind": type(error).__name__}
