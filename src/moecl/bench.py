@@ -12,11 +12,22 @@ from typing import Any
 from moecl._atomic import lock_file, one_line
 from moecl.bench_cells import Ended, Pool, Work, read_news
 from moecl.bench_config import BenchConfig, portable, slug
-from moecl.bench_record import SCHEMA, Cell, Job, Trial, changes_under, protocol, read_record, refuse, write_record
+from moecl.bench_record import (
+    SCHEMA,
+    Cell,
+    Job,
+    Trial,
+    changes_under,
+    filled,
+    protocol,
+    read_record,
+    refuse,
+    write_record,
+)
 from moecl.bench_tune import chosen, trial_settings, trial_stream, validation_score
 from moecl.config import StreamConfig
 from moecl.errors import ConfigError, RunError, near
-from moecl.run_folder import LOCK, differences
+from moecl.run_folder import LOCK, RunFolder, differences
 
 TICK = 0.25  # seconds between two looks at what runs
 
@@ -88,8 +99,8 @@ class Bench:
         if not self.wanted:
             raise ConfigError("no cell of the bench is asked for; --dry-run without --only lists them all")
         self.trials = {label: self._trials_of(label) for label in self.config.methods}
-        self._check_tune()
         for label in self.config.methods:
+            self._check_tune(label)
             self.config.stream_of(label)  # refuses what is wrong in any, before anything runs
             self._settle_trials(label)
         self._recall_failures()
@@ -97,25 +108,16 @@ class Bench:
     # The plan
 
     def _trials_of(self, label: str) -> list[Trial]:
-        tune = self.config.tune
-        return (
-            [
-                Trial(
-                    f"{slug(label)}.trial{number}",
-                    label,
-                    self.out / "trials" / slug(label) / str(number),
-                    self._settled(trial_stream(self.config, tune, label, settings), tune.seed, self._orders()[0]),
-                    number=number,
-                    settings=settings,
-                )
-                for number, settings in enumerate(trial_settings(self.config, tune, label), 1)
-            ]
-            if tune
-            else []
-        )
-
-    def _orders(self) -> list[list[str]]:
-        return list(self.config.orders.values())
+        if (tune := self.config.tune) is None:
+            return []
+        order = next(iter(self.config.orders.values()))
+        found = []
+        for number, settings in enumerate(trial_settings(self.config, tune, label), 1):
+            id = f"{slug(label)}.trial{number}"
+            stream = trial_stream(self.config, tune, label, settings)
+            folder = self.out / "trials" / slug(label) / str(number)
+            found.append(Trial(id, label, folder, self._settled(stream, tune.seed, order, id), settings=settings))
+        return found
 
     def _settled(self, stream: StreamConfig, seed: int, order: Sequence[str], name: str | None = None) -> StreamConfig:
         """A stream with its tasks in order, its seed and its threads."""
@@ -123,17 +125,23 @@ class Bench:
         train = stream.train.model_copy(update={"seed": seed, "threads": stream.train.threads or self.threads})
         return stream.model_copy(update={"name": name, "train": train, "tasks": [tasks[one] for one in order]})
 
-    def _check_tune(self) -> None:
-        """What was searched before must be what is searched now, once a trial or a choice is there."""
-        jobs = [job for job in (*self._all_trials(), *self.cells) if job.started()]
-        if jobs and self.record and (changes := differences(self.record["tune"], self._tune(), "tune")):
+    def _check_tune(self, label: str) -> None:
+        """What was tried before must be what is tried now, once a trial or a cell is there."""
+        known = self.record.get("methods", {}).get(label)
+        jobs = [job for job in (*self.trials[label], *self.cells) if job.label == label and job.started()]
+        if jobs and known and (changes := differences(known["tune"], self._tune(label), f"tune of {label}")):
             raise refuse(self.out, changes, jobs)
 
     def _all_trials(self) -> Iterator[Trial]:
         return (trial for trials in self.trials.values() for trial in trials)
 
-    def _tune(self) -> dict[str, Any] | None:
-        return None if self.config.tune is None else self.config.tune.model_dump(mode="json")
+    def _tune(self, label: str) -> dict[str, Any] | None:
+        """All that a method's choice depends on, beside its plain settings."""
+        if (tune := self.config.tune) is None:
+            return None
+        tried = [dict(trial.settings or {}) for trial in self.trials[label]]
+        order = next(iter(self.config.orders.values()))
+        return {"seed": tune.seed, "order": order, "set": self.config.applicable(label, tune.set), "trials": tried}
 
     def _recall_failures(self) -> None:
         """What failed last time is shown so until it is tried again."""
@@ -148,14 +156,14 @@ class Bench:
         """Choose a method's settings as soon as all its trials are over, and take up its cells."""
         if label in self.tuned:
             return
-        known = self.record.get("methods", {}).get(label, {}).get("tuned")
+        known = self._known_choice(label)
         if self.config.tune is None or known:
-            self.tuned[label] = known if self.config.tune else None
+            self.tuned[label] = known
             self._adopt(label)
             return
         for trial in self.trials[label]:
-            if trial.status == "waiting":
-                trial.look()
+            if trial.status == "waiting" and trial.started():
+                self._take_up(trial)
             if trial.status == "done" and trial.score is None:
                 self._score(trial)
         # A loss that is not finite is these settings' fault, and a trial all the same; another failure is not.
@@ -164,6 +172,21 @@ class Bench:
             if any(trial["score"] is not None for trial in found):
                 self.tuned[label] = {"trials": found, "chosen": chosen(found)}
                 self._adopt(label)
+
+    def _known_choice(self, label: str) -> dict[str, Any] | None:
+        """The choice of an earlier start, unless the method's plain settings changed before any cell was run."""
+        method = self.record.get("methods", {}).get(label, {})
+        if self.config.tune is None or (known := method.get("tuned")) is None:
+            return None
+        now = self._described(label, self.config.stream_of(label, known["chosen"]))
+        begun = any(cell.started() for cell in self.cells if cell.label == label)
+        return dict(known) if begun or filled(method["stream"]) == now else None
+
+    def _take_up(self, trial: Trial) -> None:
+        assert trial.stream is not None
+        if RunFolder(trial.folder).exists():
+            RunFolder(trial.folder).check_same(trial.stream)
+        trial.look()
 
     def _score(self, trial: Trial) -> None:
         assert trial.result is not None
@@ -287,6 +310,8 @@ class Bench:
 
     def _after(self, job: Job) -> None:
         """What a finished job leaves to do: its weights may go, and what it trained is noted."""
+        if isinstance(job, Cell) and job.result is not None:
+            self._check_rows(job)
         if job.result is None:
             return
         if self.config.keep == "result":
@@ -295,6 +320,18 @@ class Bench:
         if isinstance(job, Cell):
             trained = {task: found.get("trained_parameters") for task, found in job.result.details.items()}
             self.parameters.setdefault(job.label, trained)
+
+    def _check_rows(self, cell: Cell) -> None:
+        """Cells are compared item by item: all must have been tested on the same rows."""
+        for other in self.cells:
+            if other is cell or other.result is None or cell.result is None:
+                continue
+            for task in {*cell.result.data} & {*other.result.data}:
+                test, theirs = cell.result.data[task].get("test"), other.result.data[task].get("test")
+                if test and theirs and test.sha256 != theirs.sha256:
+                    cell.result = None
+                    cell.fail(f"its test rows of task {task!r} are not those of {other.id}; restore them")
+                    return
 
     # What is told
 
@@ -339,7 +376,6 @@ class Bench:
             "orders": self.config.orders,
             "seeds": self.config.seeds,
             "threads": self.threads,
-            "tune": self._tune(),
             "methods": {label: self._method_record(label, stream) for label, stream in streams.items()},
             "protocol": protocol(streams, self.cells),
             "cells": [
@@ -359,6 +395,7 @@ class Bench:
         return {
             "method": self.config.method(label),
             "settings": {key: value for key, value in stream["method"].items() if key != "name"},
+            "tune": self._tune(label),
             "tuned": self.tuned.get(label),
             "trained_parameters": self.parameters.get(label),
             "stream": stream,

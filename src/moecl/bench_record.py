@@ -63,7 +63,6 @@ class Cell(Job):
 class Trial(Job):
     """A method with settings that may be chosen."""
 
-    number: int = 0
     settings: Mapping[str, Any] | None = None
     score: float | None = None
 
@@ -75,8 +74,9 @@ def _check_belongs(result: Result, stream: StreamConfig) -> None:
         "seed": stream.train.seed,
         "tasks": [task.name for task in stream.tasks],
     }
-    if changes := differences(wanted, found):
-        raise RunError(f"its result.json is another's: {'; '.join(changes)}; restore it")
+    for key, value in found.items():
+        if value != wanted[key]:
+            raise RunError(f"its result.json is another's: {key} is {value}, not {wanted[key]}; restore it")
 
 
 def read_record(out: Path) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def changes_under(cell: Cell, record: Mapping[str, Any], stream: Mapping[str, An
     """
     method, order = record.get("methods", {}).get(cell.label), record.get("orders", {}).get(cell.order)
     if method is not None and order is not None:
-        found = differences(_filled(method["stream"]), dict(stream), f"methods.{cell.label}")
+        found = differences(filled(method["stream"]), dict(stream), f"methods.{cell.label}")
         return found + differences(order, list(tasks), f"orders.{cell.order}")
     if not RunFolder(cell.folder).exists():
         return [f"{RECORD} does not tell with which settings {cell.id} was run"]
@@ -118,7 +118,7 @@ def changes_under(cell: Cell, record: Mapping[str, Any], stream: Mapping[str, An
     return []
 
 
-def _filled(recorded: dict[str, Any]) -> dict[str, Any]:
+def filled(recorded: dict[str, Any]) -> dict[str, Any]:
     """Settings that this moecl knows and the one that wrote the record did not have their defaults."""
     try:
         return StreamConfig.model_validate(recorded).model_dump(mode="json")
