@@ -17,7 +17,7 @@ from moecl.bench_cells import Processes
 from moecl.bench_ray import Cluster
 from moecl.errors import ConfigError
 
-LONG = {"methods": {"moe-cl": {"rank": 2, "set": {"train.epochs": 400}}}}
+LONG = {"methods": {"moe-cl": {"rank": 2, "set": {"train.epochs": 30}}}}
 
 
 class Doing(BenchWatcher):
