@@ -16,7 +16,7 @@ from moecl.bench_record import Cell, Job, Trial
 from moecl.show import WIDEST, duration, say, show_score
 
 WAITING = "·"
-COLUMN = 8  # characters that a cell takes, its gap included
+COLUMN, GAP = 6, 3  # characters that a cell takes, and those beside it
 
 
 class PlainBench(BenchWatcher):
@@ -78,13 +78,13 @@ class Grid:
         columns = [(order, seed) for order in config.orders for seed in config.seeds]
         tuned = config.tune is not None
         name = min(WIDEST, max(len("method"), *map(len, config.methods)))
-        fit = max(1, (options.max_width - name - 3 - tuned * (COLUMN + 1)) // max(COLUMN, widest(columns) + 2))
+        fit = max(1, (options.max_width - name - GAP - tuned * (COLUMN + GAP)) // (widest(columns) + GAP))
         for start in range(0, len(columns), fit):
             yield table(bench, columns[start : start + fit], trials=tuned and start == 0)
 
 
 def widest(columns: list[tuple[str, int]]) -> int:
-    return max(max(len(shortened(order)), len(f"seed {seed}")) for order, seed in columns)
+    return max(max(COLUMN, len(shortened(order)), len(f"seed {seed}")) for order, seed in columns)
 
 
 def shortened(order: str) -> str:
@@ -97,7 +97,7 @@ def table(bench: Bench, columns: list[tuple[str, int]], trials: bool) -> Table:
     if trials:
         found.add_column("trials", justify="right", no_wrap=True)
     for order, seed in columns:
-        found.add_column(f"{shortened(order)}\nseed {seed}", justify="right", no_wrap=True, min_width=COLUMN - 2)
+        found.add_column(f"{shortened(order)}\nseed {seed}", justify="right", no_wrap=True, min_width=COLUMN)
     cells = {(cell.label, cell.order, cell.seed): cell for cell in bench.cells}
     for label in bench.config.methods:
         row = [show_cell(bench, cells[label, order, seed]) for order, seed in columns]
