@@ -94,6 +94,15 @@ def test_a_setting_that_is_new_in_moecl_changes_nothing(done):
     assert run_here(load_bench(file), out)[1].did == []
 
 
+def test_a_setting_that_is_gone_is_named(done):
+    file, out = done
+    found = record(out)
+    found["methods"]["moe-cl"]["stream"]["train"]["momentum"] = 0.5
+    (out / "bench.json").write_text(json.dumps(found))
+    with pytest.raises(RunError, match=r"methods.moe-cl.train.momentum is null, it was 0.5"):
+        run_here(load_bench(file), out)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,13 +83,14 @@ class Processes:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
+                bufsize=0,
                 start_new_session=True,
                 env={**os.environ, "OMP_NUM_THREADS": str(work.threads), "TOKENIZERS_PARALLELISM": "false"},
             )
         self.running[id] = process, work
         assert process.stdin is not None
-        process.stdin.write(json.dumps(asdict(work)).encode() + b"\n")
-        process.stdin.flush()
+        with suppress(BrokenPipeError):  # one that is gone already is found so
+            process.stdin.write(json.dumps(asdict(work)).encode() + b"\n")
 
     def ended(self, seconds: float) -> list[Ended]:
         until = time.monotonic() + seconds

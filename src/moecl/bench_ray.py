@@ -37,7 +37,9 @@ class Cluster:
     def start(self, id: str, work: Work) -> None:
         # A worker of its own for each, which ends with it; the bench itself decides what is tried again.
         options = {"num_cpus": work.threads, "num_gpus": self.gpus, "max_calls": 1, "max_retries": 0}
-        self.running[self.ray.remote(**options)(do).remote(asdict(work))] = id, work
+        # The workers have working directories of their own.
+        given = asdict(work) | {key: os.path.abspath(getattr(work, key)) for key in ("folder", "news", "log")}
+        self.running[self.ray.remote(**options)(do).remote(given)] = id, work
 
     def ended(self, seconds: float) -> list[Ended]:
         over, _ = self.ray.wait([*self.running], num_returns=1, timeout=seconds)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from moecl._atomic import atomic_write
 from moecl.config import StreamConfig
-from moecl.errors import ConfigError, RunError
+from moecl.errors import RunError
 from moecl.results import Result
 from moecl.run_folder import CONFIG, RESULT, RunFolder, differences
 
@@ -122,7 +122,7 @@ def filled(recorded: dict[str, Any]) -> dict[str, Any]:
     """Settings that this moecl knows and the one that wrote the record did not have their defaults."""
     try:
         return StreamConfig.model_validate(recorded).model_dump(mode="json")
-    except ConfigError:  # or one that is gone: it will show among the differences
+    except ValueError:  # or one that is gone: it will show among the differences
         return recorded
 
 
