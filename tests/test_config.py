@@ -20,7 +20,7 @@ from moecl.config import (
 from moecl.method_config import METHODS, MethodConfig, MoECLConfig
 from stream_text import PAPER, STREAM, refusal, write
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("[!b]*.yaml"))  # but those of benches
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ FILES = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path
 MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items() if name != "__init__"}
 
 BOTTOM = {
+    "bench_config",
     "errors",
     "config",
     "method_config",
@@ -35,13 +36,14 @@ BOTTOM = {
 }
 STORE = {"store", "_card", "_manifest"}
 TRAIN = {"train", "session", "task_trainer", "feed"}
-TOP = {"server", "cli", "show", "watch", "terminal", "using", "estimate", "__main__"}
+BENCH = {"bench", "bench_cells", "bench_ray", "bench_record", "bench_tune", "bench_worker"}
+TOP = {"server", "cli", "cli_bench", "show", "show_bench", "watch", "terminal", "using", "estimate", "__main__"}
 
 
 def group(module: str) -> str:
     """The row of the table that a module belongs to."""
     package = module.partition(".")[0]
-    for name, members in {"bottom": BOTTOM, "store": STORE, "train": TRAIN, "top": TOP}.items():
+    for name, members in {"bottom": BOTTOM, "store": STORE, "train": TRAIN, "bench": BENCH, "top": TOP}.items():
         if package in members:
             return name
     return package
@@ -129,12 +131,12 @@ def test_methods_do_not_know_each_other(module):
     assert {other for other in ours(tree(module)) if other.startswith("methods")} <= IN_COMMON
 
 
-@pytest.mark.parametrize("module", [module for module in ("cli", "server") if module in MODULES])
+@pytest.mark.parametrize("module", [module for module in ("cli", "cli_bench", "server") if module in MODULES])
 def test_the_command_line_imports_lazily(module):
     top = ast.Module([one for one in tree(module).body if not ast.unparse(one).startswith("if TYPE_CHECKING")], [])
     for function in [one for one in ast.walk(top) if isinstance(one, ast.FunctionDef)]:
         function.body = []
-    assert {group(other) for other in ours(top) - {"terminal"}} <= {"bottom"}
+    assert {group(other) for other in ours(top) - {"terminal", "cli_bench"}} <= {"bottom"}
     assert not {"torch", "transformers"} & {name.split(".")[0] for name in imported(top)}
 
 

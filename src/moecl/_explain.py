@@ -62,7 +62,7 @@ def settings(
         inner, many = _inner_model(info.annotation)
         inner = (classes or {}).get(key, inner)
         if inner is None:
-            words = _type_words(info.annotation, info.metadata)
+            words = _extra(info, "type") or _type_words(info.annotation, info.metadata)
             found.append(Setting(key, words, _default_words(info), info.description or ""))
         else:
             found += settings(inner, classes, f"{key}[]." if many else f"{key}.")
@@ -75,9 +75,14 @@ def _inner_model(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
     return (inner, many) if isinstance(inner, type) and issubclass(inner, BaseModel) else (None, False)
 
 
+def _extra(info: FieldInfo, name: str) -> str:
+    """Words that a field has for what its annotation cannot say."""
+    return str(info.json_schema_extra.get(name, "")) if isinstance(info.json_schema_extra, dict) else ""
+
+
 def _default_words(info: FieldInfo) -> str:
-    if isinstance(info.json_schema_extra, dict) and "default" in info.json_schema_extra:
-        return str(info.json_schema_extra["default"])
+    if words := _extra(info, "default"):
+        return words
     default = info.get_default(call_default_factory=True, validated_data={})
     if default is PydanticUndefined:
         return "required"

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from typer.main import get_command
 
+from moecl import cli_bench
 from moecl._sizes import parse_size
 from moecl.errors import AssetError, ConfigError, RunError, near
 from moecl.terminal import Command, CommandWithKeys, explain, quietly
@@ -32,7 +33,7 @@ app = typer.Typer(
 cache_app = typer.Typer(help="What was fetched, and where it is.")
 app.add_typer(cache_app, name="cache")
 
-GOES_ON = ("train", "learn", "demo")
+GOES_ON = ("train", "learn", "demo", "bench")
 SPLITS = ("test", "validation", "train")
 out, err = Console(), Console(stderr=True)
 
@@ -232,6 +233,9 @@ def demo(
     print(f"  echo 'The crowd went home happy.' | moecl predict {output} --task tweets")
     print(f"  moecl tasks {output}")
     print("  moecl init stream.yaml && moecl check stream.yaml")
+
+
+app.command(cls=cli_bench.BenchCommand, epilog=cli_bench.EPILOG)(cli_bench.bench)
 
 
 # Using
