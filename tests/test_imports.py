@@ -32,7 +32,7 @@ BOTTOM = {
     "_yaml",
 }
 STORE = {"store", "_card", "_manifest"}
-TRAIN = {"train", "session", "task_trainer", "feed"}
+TRAIN = {"train", "session", "course", "evidence", "task_trainer", "feed"}
 TOP = {"server", "cli", "show", "watch", "terminal", "using", "estimate", "__main__"}
 
 
