@@ -29,11 +29,12 @@ from measure import Report, Side, alternate, counts, over, parser, positive, run
 from moecl import ContinualTrainer, Engine, MoECL, MoECLConfig, Store, StreamConfig
 from moecl.backbone import load_backbone
 from moecl.config import TaskConfig, load_stream
+from moecl.course import Progress, Watcher
 from moecl.data.task import load_task_data
 from moecl.methods import make_method
 from moecl.methods.base import Method
 from moecl.run_folder import RunFolder
-from moecl.session import Progress, Watcher, resolve
+from moecl.session import resolve
 from moecl.store import TaskRecord
 
 TARGETS = {"learn_500_vs_1": {">=": 0.9, "<=": 1.1}, "predict_500_vs_1": {">=": 0.9, "<=": 1.1}}

@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moecl.config import StreamConfig, load_stream
+from moecl.course import Course, Watcher
 from moecl.data import derived
 from moecl.data.encode import Encoded
 from moecl.data.task import load_task_data
 from moecl.estimate import COPIES, kept_bytes, padded, passes, rows_tested, scratch_batch, survey
-from moecl.session import Course, Watcher
 from moecl.train import ContinualTrainer
 from tiny_stream import write_stream
 
@@ -82,8 +82,8 @@ def test_rows_tested(evaluate, cells):
 
 
 def test_passes():
-    assert passes(stream(epochs=3, evals_per_epoch=2)) == 6
-    assert passes(stream(evals_per_epoch=0)) == 0
+    assert passes(stream(epochs=3, evals_per_epoch=2)) == 7
+    assert passes(stream(evals_per_epoch=0)) == 1
 
 
 VARIANTS = {

@@ -18,6 +18,7 @@ from moecl.train import ContinualTrainer, Watcher, learn
 from tiny import tiny_batch
 from tiny_stream import task, write_rows, write_stream
 
+FILES = {".lock", "stream.yaml", "config.yaml", "result.json"}
 TRAIN = {"epochs": 1, "save_steps": 100}
 
 
@@ -73,10 +74,15 @@ def test_a_task_is_added_without_the_old_training_rows(original, run, tmp_path, 
     assert [row[2] is None for row in result.R] == [False, True, False, False]
     assert {name: result.digests[name] for name in before.tasks} == before.digests
     assert result.data["task0"] == before.data["task0"]
-    assert result.details["task0"] == before.details["task0"]
+    changed = {
+        key for key in before.details["task0"] if result.details["task0"].get(key) != before.details["task0"][key]
+    }
+    assert changed == {"drift", "validation_final"}, "its validation rows are gone"
+    assert result.details["task0"]["drift"] == [[2, 0.0], [3, 0.0]], "retention is exact"
+    assert "validation_final" not in result.details["task0"]
     assert result.seconds > before.seconds
     assert all(torch.equal(logits(run, name), old[name]) for name in old)
-    assert {path.name for path in run.iterdir()} == {".lock", "stream.yaml", "config.yaml", "result.json", "store"}
+    assert {path.name for path in run.iterdir()} == {*FILES, "predictions", "store"}
     assert RunFolder(run).config().tasks[-1] == new(tmp_path / "n")
     assert "sha256" in (run / "config.yaml").read_text(), "what it was resolved on stays in the head"
     # The command that made the run still shows it, and another task can follow.

@@ -132,14 +132,23 @@ def test_only_cells_that_are_asked_for_are_run(tmp_path, tiny_folder, monkeypatc
     train = {**QUICK, "evals_per_epoch": 0}
     config = stream(tmp_path / "s", tiny_folder, tasks=3, evaluate=evaluate, train=train)
     learn(config, tmp_path / "run", Rows(tmp_path / "run"))
-    assert rows == [12 * count for count in cells]
+    cells_rows = [12 * count for count in cells]
+    cells_rows[-1] += 3 * 8  # the validation rows, once more after the last task
+    assert rows == cells_rows
     assert forwards == {True: 3 * 3, False: 0}
 
 
 def test_what_a_run_leaves_behind(finished):
     config, folder, result, _ = finished
     run = folder / "run"
-    assert {path.name for path in run.iterdir()} == {".lock", "stream.yaml", "config.yaml", "result.json", "store"}
+    assert {path.name for path in run.iterdir()} == {
+        ".lock",
+        "stream.yaml",
+        "config.yaml",
+        "result.json",
+        "store",
+        "predictions",
+    }
     assert load_stream(run / "stream.yaml") == config
     resolved = load_stream(run / "config.yaml")
     assert resolved.tasks == config.tasks
@@ -350,11 +359,11 @@ def test_a_validation_pass_changes_nothing(tmp_path, tiny_folder, monkeypatch):
 
         return checked
 
-    for name in ("_validate", "_score"):
+    for name in ("_validate", "_answers"):
         monkeypatch.setattr(Session, name, unchanged(name))
     method = {"name": "moe-cl", "rank": 2, "dropout": 0.1}
     learn(stream(tmp_path, tiny_folder, method=method, train={**QUICK, "evals_per_epoch": 3}), tmp_path / "run")
-    assert (seen.count("_validate"), seen.count("_score")) == (2 * 3, 3 * 2)
+    assert (seen.count("_validate"), seen.count("_answers")) == (2 * 3, 2 * 3 + 3 * 2 + 2)
 
 
 # --- what is said ---

@@ -14,8 +14,9 @@ from pydantic.config import JsonDict
 from moecl import _raw, _yaml
 from moecl._explain import Setting, explain, problem, settings
 from moecl._yaml import Document, show
-from moecl.config import METHODS, StreamConfig, load_stream
+from moecl.config import StreamConfig, load_stream
 from moecl.errors import ConfigError, near
+from moecl.method_config import METHODS
 
 OWN_ORDER = "stream"  # the name of the only order where none is given
 _BENCHES_OWN = ("base", "method", "method.name", "tasks", "train.seed")  # what no `set` or search may change

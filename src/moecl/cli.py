@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from typer.main import get_command
 
-from moecl import cli_bench
+from moecl import cli_bench, cli_compare
 from moecl._sizes import parse_size
 from moecl.errors import AssetError, ConfigError, RunError, near
 from moecl.terminal import Command, CommandWithKeys, explain, quietly
@@ -305,6 +305,9 @@ def tasks(run: Run, as_json: AsJson = False) -> None:
 
     rows = learned(run)
     print(json.dumps(rows, ensure_ascii=False)) if as_json else show_tasks(out, rows)
+
+
+app.command(cls=Command, epilog=cli_compare.EXAMPLES)(cli_compare.compare)
 
 
 # Preparing

@@ -5,7 +5,8 @@ It runs parts under a form and never asks which method learned them.
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,33 @@ class Request:
     row: Encoded
 
 
+class Prompts(dict[int, Tensor]):
+    """A layer's tensor for the prompt: those of the tokens that are then written are left out."""
+
+    def __setitem__(self, layer: int, found: Tensor) -> None:
+        self.setdefault(layer, found)
+
+
+class GateUse:
+    """The task expert's mean weight by layer, over the real tokens of all prompts answered; none without gates."""
+
+    def __init__(self) -> None:
+        self.sums: dict[int, float] = defaultdict(float)
+        self.tokens = 0
+
+    def add(self, call: Call) -> None:
+        if not call.gate_use:
+            return
+        assert call.attention_mask is not None
+        sums = torch.stack([(call.attention_mask * b.float()).sum() for b in call.gate_use.values()]).tolist()
+        for layer, total in zip(call.gate_use, sums, strict=True):
+            self.sums[layer] += total
+        self.tokens += int(call.attention_mask.sum())
+
+    def means(self) -> dict[int, float]:
+        return {layer: total / self.tokens for layer, total in sorted(self.sums.items())}
+
+
 class Engine:
     """Answers rows with the tasks of `bank` (a model's own by default)."""
 
@@ -80,6 +108,7 @@ class Engine:
         self.batch_tokens = batch_tokens or BATCH_TOKENS
         self.prefixes = prefixes  # for answers of one forward; a KV cache needs every layer
         self.longest: dict[tuple[str, str], int] = {}  # tokens of a split's longest answer, which evaluation asks for
+        self.gates: GateUse | None = None  # if given, told of every batch
         self._encoders: dict[str, Encoder] = {}
         self._tries: dict[Encoder, Trie] = {}
 
@@ -87,6 +116,12 @@ class Engine:
         """This engine over another bank; what it has encoded of tasks is shared."""
         other = copy.copy(self)
         other.bank = bank
+        return other
+
+    def watched(self, gates: GateUse) -> "Engine":
+        """This engine telling `gates` of what it answers; the answers are the same."""
+        other = copy.copy(self)
+        other.gates = gates
         return other
 
     def encoder(self, task: Task) -> Encoder:
@@ -183,7 +218,7 @@ class Engine:
         """Every label is one token: one forward, and the share of each label's token among the labels'."""
         inputs, call = self._inputs(batch, one_forward=True)
         call.answers = last_only(inputs["input_ids"])
-        with run_with(call):
+        with self._run(call):
             logits = self.model.base(**inputs, use_cache=False).logits.float()  # (B, V)
         return [
             choose(request, row[[tokens[0] for tokens in request.encoder.answers]])
@@ -195,7 +230,7 @@ class Engine:
         parts = call.parts[0]
         assert parts is not None
         assert parts.head is not None
-        with run_with(call):
+        with self._run(call):
             hidden = self.model.base.base_model(**inputs, use_cache=False).last_hidden_state[:, -1]
         return [choose(request, row) for request, row in zip(batch, parts.head(hidden.float()), strict=True)]
 
@@ -206,7 +241,7 @@ class Engine:
         """
         inputs, call = self._inputs(batch)
         call.answers = last_only(inputs["input_ids"])
-        with run_with(call):
+        with self._run(call):
             output = self.model.base(**inputs, use_cache=True)
         first = output.logits.float().log_softmax(-1)  # (B, V)
         paths = [self.trie(request.encoder).paths for request in batch]
@@ -250,7 +285,7 @@ class Engine:
         del inputs["position_ids"]  # generate counts them itself
         end, width = batch[0].encoder.end, inputs["input_ids"].shape[1]
         settings = {**GREEDY, "eos_token_id": end, "pad_token_id": self.pad_id, "max_length": width + max_new_tokens}
-        with run_with(call):
+        with self._run(call):
             tokens = self.model.base.generate(**inputs, **settings)  # type: ignore[operator]
         answers = [before(end, ids) for ids in tokens[:, width:].tolist()]
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -271,6 +306,15 @@ class Engine:
             call.prefix = self.prefixes.batch([request.row.input_ids for request in batch], "left")
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, call
+
+    @contextmanager
+    def _run(self, call: Call) -> Iterator[None]:
+        if self.gates is not None:
+            call.gate_use = Prompts()
+        with run_with(call):
+            yield
+        if self.gates is not None:
+            self.gates.add(call)
 
 
 class Trie:

@@ -20,6 +20,7 @@ from moecl._sizes import EXPERT_MEMORY
 from moecl.backbone import load_backbone
 from moecl.bank import Entry
 from moecl.config import StreamConfig
+from moecl.course import Course, Watcher
 from moecl.data.check import describe
 from moecl.data.derived import Derived
 from moecl.data.encode import Encoded, collate, plan_batches
@@ -31,7 +32,7 @@ from moecl.evaluate import evaluate_task, prompts
 from moecl.methods.base import Method
 from moecl.model import MoECL
 from moecl.prefix import Prefixes
-from moecl.session import Course, Watcher, asked_for, attach, attach_method, resolve
+from moecl.session import asked_for, attach, attach_method, resolve
 from moecl.store import encode
 from moecl.task_trainer import Learner
 
@@ -70,7 +71,7 @@ def course(data: TaskData, config: StreamConfig, engine: Engine, tokens: Derived
         task,
         data,
         encode_split(engine.encoder(task), data.train, tokens),
-        [] if data.validation is None else prompts(engine, task, data.validation, tokens),
+        None if data.validation is None else (data.validation, prompts(engine, task, data.validation, tokens)),
         None if data.test is None else (data.test, prompts(engine, task, data.test, tokens)),
     )
 
@@ -110,7 +111,7 @@ def estimate(
         "activations": kept * largest // tokens,
     }
     answers = sum(
-        seconds * (len(one.validation) * passes(config) + rows_tested(config, place, one))
+        seconds * (rows_validated(config, one) + rows_tested(config, place, one))
         for place, (seconds, one) in enumerate(zip(answering, courses, strict=True))
     )
     return {
@@ -140,8 +141,8 @@ def prefix_savings(
     share = model.injected.below / model.geometry.num_layers
     for place, (course, seconds) in enumerate(zip(courses, answering, strict=True)):
         if Engine(model).reads_once(course.task):
-            tested = course.test[1] if course.test else []
-            for rows, times in ((course.validation, passes(config)), (tested, cells_tested(config, place))):
+            for scored, times in ((course.validation, passes(config)), (course.test, cells_tested(config, place))):
+                rows = scored[1] if scored else []
                 read += [row.input_ids for row in rows if times]
                 spared += share * seconds * len(rows) * max(times - 1, 0)
     filling = prefix_seconds(model, trained)
@@ -166,7 +167,12 @@ def prefix_seconds(model: MoECL, texts: Sequence[list[int]]) -> float:
 
 
 def passes(config: StreamConfig) -> int:
-    return config.train.epochs * config.train.evals_per_epoch
+    """How often validation rows are answered: while their task is learned, and after the last task."""
+    return config.train.epochs * config.train.evals_per_epoch + 1
+
+
+def rows_validated(config: StreamConfig, course: Course) -> int:
+    return passes(config) * len(course.validation[1]) if course.validation else 0
 
 
 def rows_tested(config: StreamConfig, place: int, course: Course) -> int:
@@ -250,10 +256,10 @@ def kept_bytes(forward: Callable[[], Tensor], owned: Iterable[Tensor] = ()) -> t
 
 def seconds_a_row(model: MoECL, config: StreamConfig, course: Course) -> float:
     """Seconds an answer takes, from a few rows of the test or validation split; 0 where there is neither."""
-    assert course.data is not None
-    split, rows = course.data.test or course.data.validation, course.test[1] if course.test else course.validation
-    if split is None:
+    scored = course.test or course.validation
+    if scored is None:
         return 0.0
+    split, rows = scored
     entry = Entry(course.task, attach_method(model, config).begin(course.task))
     engine = Engine(model, bank={course.name: entry}, batch_tokens=config.train.eval_batch_tokens)
     few = replace(split, examples=split.examples[:SCRATCH_ANSWERS])

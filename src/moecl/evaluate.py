@@ -1,4 +1,4 @@
-"""One cell of R: a task's score on a split, as the engine answers it."""
+"""One cell of R: a split as the engine answers it, and what the answers score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from moecl.data.derived import Derived
 from moecl.data.encode import Encoded
 from moecl.data.task import Split
 from moecl.data.tokens import encode_split
-from moecl.engine import Engine, Entry, Request
+from moecl.engine import Engine, Entry, GateUse, Prediction, Request
 
 SPARE_TOKENS = 8  # that an answer may be longer than the longest reference, before it is cut
 
@@ -24,23 +24,47 @@ class Score:
     per_class_recall: dict[str, float | None]
 
 
+@dataclass(frozen=True)
+class Answers:
+    """A split's rows in order: the true label or text of each, and what was given.
+
+    `gate_use`: layer -> the task expert's mean weight over the prompts' tokens; empty for a form without gates.
+    """
+
+    task: Task
+    true: list[str]
+    given: list[Prediction]
+    gate_use: dict[int, float]
+
+    @property
+    def labels(self) -> list[str]:
+        """What was given, without shares."""
+        return [prediction.label for prediction in self.given]
+
+    def score(self) -> Score:
+        score = metrics.ANSWER_METRICS[self.task.metric](self.true, self.labels)
+        assert score is not None, "a split has at least one row"
+        recall = metrics.per_class_recall(self.true, self.labels, list(self.task.labels)) if self.task.labels else {}
+        return Score(score, self.task.metric, len(self.true), recall)
+
+
 def prompts(engine: Engine, task: Task, split: Split, kept: Derived | None = None) -> list[Encoded]:
     """A split's rows as `evaluate_task` takes them: without answers, with room for those that are written."""
     reserve = engine.reserve(task, longest_answer(engine, task, split))
     return encode_split(engine.encoder(task), split, kept, answers=False, reserve=reserve)
 
 
+def answer_task(engine: Engine, entry: Entry, split: Split, rows: Sequence[Encoded]) -> Answers:
+    """What `entry` answers on a split, whose encoded rows are `rows`."""
+    encoder, gates = engine.encoder(entry.task), GateUse()
+    requests = [Request(entry, encoder, row) for row in rows]
+    given = engine.watched(gates).answer(requests, longest_answer(engine, entry.task, split))
+    return Answers(entry.task, references(entry.task, split), given, gates.means())
+
+
 def evaluate_task(engine: Engine, entry: Entry, split: Split, rows: Sequence[Encoded]) -> Score:
     """Score `entry` on a split, whose encoded rows are `rows`."""
-    encoder = engine.encoder(entry.task)
-    requests = [Request(entry, encoder, row) for row in rows]
-    found = engine.answer(requests, longest_answer(engine, entry.task, split))
-    given = [prediction.label for prediction in found]
-    true = references(entry.task, split)
-    score = metrics.ANSWER_METRICS[entry.task.metric](true, given)
-    assert score is not None, "a split has at least one row"
-    recall = metrics.per_class_recall(true, given, list(entry.task.labels)) if entry.task.labels else {}
-    return Score(score, entry.task.metric, len(true), recall)
+    return answer_task(engine, entry, split, rows).score()
 
 
 def references(task: Task, split: Split) -> list[str]:

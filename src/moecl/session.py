@@ -4,7 +4,6 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -16,20 +15,21 @@ from moecl._sizes import EXPERT_MEMORY
 from moecl.backbone import Backbone, load_backbone, resolve_device, resolve_precision
 from moecl.bank import Entry, check_same_base, fitting
 from moecl.config import StreamConfig, Task, TaskConfig
+from moecl.course import Course, Progress, Scored, Watcher
 from moecl.data.derived import Derived
-from moecl.data.encode import Encoded
-from moecl.data.task import Split, TaskData, load_task_data, overlaps, read_split
+from moecl.data.task import TaskData, load_task_data, overlaps, read_split
 from moecl.data.tokens import MOST_BYTES as TOKEN_BYTES
 from moecl.data.tokens import encode_split
 from moecl.engine import Engine
 from moecl.errors import ConfigError, DataError, RunError
-from moecl.evaluate import Score, evaluate_task, prompts
+from moecl.evaluate import Answers, answer_task, prompts
+from moecl.evidence import Evidence
 from moecl.method_config import MoECLConfig
 from moecl.methods import make_method
 from moecl.methods.base import Finished, Method
 from moecl.model import MoECL
 from moecl.prefix import prefixes
-from moecl.results import Result, SplitInfo
+from moecl.results import Items, Result, SplitInfo
 from moecl.run_folder import RunFolder
 from moecl.store import Store, TaskRecord
 from moecl.task_trainer import Learned, learn_task
@@ -37,50 +37,6 @@ from moecl.task_trainer import Learned, learn_task
 PACKAGES = ("moecl", "torch", "transformers", "accelerate", "safetensors", "numpy")
 EVAL_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 OTHER_BATCH_TOKENS = 8192
-
-
-class Watcher:
-    """Told what happens; draws nothing. The command line has ones that do."""
-
-    def note(self, message: str) -> None: ...
-
-    def fetching(self, what: str, done: int, total: int) -> None: ...
-
-    def training(self, task: str, step: int, steps: int, figures: Mapping[str, float]) -> None: ...
-
-    def validated(self, task: str, score: float) -> None: ...
-
-    def evaluating(self, after: int, task: str, done: int, total: int) -> None: ...
-
-    def row(self, after: int, tasks: Sequence[str], scores: Sequence[float | None]) -> None: ...
-
-
-@dataclass
-class Course:
-    """One task as the run sees it. A learned task keeps only what scores it."""
-
-    task: Task
-    data: TaskData | None = None  # None once learned
-    train: list[Encoded] = field(default_factory=list)
-    validation: list[Encoded] = field(default_factory=list)
-    test: tuple[Split, list[Encoded]] | None = None
-
-    @property
-    def name(self) -> str:
-        return self.task.name
-
-
-@dataclass
-class Progress:
-    """How far a run is, beside what its store tells. `versions`: those of tasks that are learned again."""
-
-    R: list[list[float | None]] = field(default_factory=list)
-    data: dict[str, dict[str, Any]] = field(default_factory=dict)
-    details: dict[str, dict[str, Any]] = field(default_factory=dict)
-    versions: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-    resumed: int = 0
-    reopened: dict[str, Any] | None = None  # run_folder's: what the run was before it had more to learn
 
 
 class Session:
@@ -99,6 +55,7 @@ class Session:
         store = Store.open(folder.store) if Store.exists(folder.store) else None
         learned = {record.name: record for record in store.tasks()} if store else {}
         self.courses = [self._read(task, learned.get(task.name)) for task in self.config.tasks]  # faults in data first
+        self.evidence = Evidence(folder, self.progress, [task.name for task in self.config.tasks], watcher.note)
         backbone = load_backbone(config.base, train.precision, train.device, watcher.fetching)
         assert backbone.tokenizer is not None
         self.tokenizer = backbone.tokenizer
@@ -116,7 +73,7 @@ class Session:
         self._take_up()
 
     def _read(self, config: TaskConfig, learned: TaskRecord | None) -> Course:
-        """A task still to learn with all its rows; of a learned one the test rows, if they are still the same."""
+        """A task still to learn with all its rows; of a learned one those that score it, if they are still the same."""
         wanted = self.progress.versions.get(config.name, 1)
         if learned is None or learned.version < wanted:
             data = load_task_data(config)
@@ -126,6 +83,7 @@ class Session:
             }
             course = Course(data.task.model_copy(update=update), data)
             course.test = None if data.test is None else (data.test, [])
+            course.validation = None if data.validation is None else (data.validation, [])
             return course
         if config.name not in self.progress.details:
             raise RunError(
@@ -133,17 +91,8 @@ class Session:
                 "tells of it; restore the one that is missing"
             )
         course = Course(learned.task)
-        if config.test is not None:
-            try:
-                split = read_split(config.test, course.task, config.limit.test, "test")
-            except DataError as error:
-                self.watcher.note(f"task {config.name}: not tested any more ({error})")
-                return course
-            before = self.progress.data.get(config.name, {}).get("test", {}).get("sha256")
-            if before not in (None, split.sha256):
-                self.watcher.note(f"task {config.name}: not tested any more (its test rows changed)")
-            else:
-                course.test = (split, [])
+        course.validation = self._read_again(config, course.task, "validation", "validated")
+        course.test = self._read_again(config, course.task, "test", "tested")
         return course
 
     def _check_rows(self) -> None:
@@ -158,17 +107,33 @@ class Session:
                 f"{self.folder.path}: {name} learns all tasks at once; run the stream again in another folder (-o)"
             )
 
+    def _read_again(self, config: TaskConfig, task: Task, name: str, what: str) -> Scored | None:
+        source = getattr(config, name)
+        if source is None:
+            return None
+        try:
+            split = read_split(source, task, getattr(config.limit, name), name)
+        except DataError as error:
+            self.watcher.note(f"task {task.name}: not {what} any more ({error})")
+            return None
+        before = self.progress.data.get(task.name, {}).get(name, {}).get("sha256")
+        if before not in (None, split.sha256):
+            self.watcher.note(f"task {task.name}: not {what} any more (its {name} rows changed)")
+            return None
+        return split, []
+
     def _encode(self, course: Course) -> None:
         engine = self.engine()
-        if course.test is not None:
-            course.test = (course.test[0], prompts(engine, course.task, course.test[0], self.tokens))
+        course.validation, course.test = (
+            None if found is None else (found[0], prompts(engine, course.task, found[0], self.tokens))
+            for found in (course.validation, course.test)
+        )
         if course.data is None:
             return
         self.model.check_fits(course.task)
         course.train = encode_split(engine.encoder(course.task), course.data.train, self.tokens)
-        if course.data.validation is not None:
-            course.validation = prompts(engine, course.task, course.data.validation, self.tokens)
-        rows = {"train": course.train, "validation": course.validation, "test": course.test[1] if course.test else []}
+        rows = {"train": course.train}
+        rows |= {name: found[1] for name in ("validation", "test") if (found := getattr(course, name)) is not None}
         before = self.progress.data.get(course.name, {})
         self.progress.data[course.name] = {
             name: {"sha256": split.sha256, "rows": len(split.examples), "cut": sum(row.cut for row in rows[name])}
@@ -278,7 +243,7 @@ class Session:
         self.model.bank.moving = self.method.moving()
         self.model.bank.take(self.store, [self.store.record(one.name) for one in courses])
         for one in courses:
-            one.data, one.train, one.validation = None, [], []
+            one.data, one.train = None, []
         shutil.rmtree(self.folder.checkpoints / course.name, ignore_errors=True)
 
     def _record(self, task: Task, finished: Finished) -> TaskRecord:
@@ -289,11 +254,8 @@ class Session:
 
     def _validate(self, courses: Sequence[Course]) -> float:
         """The mean score of the tasks under way, over those with a validation split."""
-        splits = [(one, one.data.validation) for one in courses if one.data and one.data.validation]
-        scores = [
-            evaluate_task(self.engine(), self.model.bank[one.name], split, one.validation).score
-            for one, split in splits
-        ]
+        found = [self._answers(one, one.validation, self.method) for one in courses]
+        scores = [answers.score().score for answers in found if answers is not None]
         self.watcher.validated(courses[-1].name, score := sum(scores) / len(scores))
         return score
 
@@ -307,10 +269,12 @@ class Session:
         row: dict[str, float | None] = {}
         for done, course in enumerate(wanted):
             self.watcher.evaluating(number, course.name, done, len(wanted))
-            score = self._score(course, self.method)
-            row[course.name] = None if score is None else score.score
-            if score is not None and course.name in self.model.bank:
-                self.progress.details[course.name]["per_class_recall"] = score.per_class_recall
+            answers = self._answers(course, course.test, self.method)
+            row[course.name] = None if answers is None else answers.score().score
+            if course.name in self.model.bank:
+                self.evidence.tested(number, course.name, answers)
+            if number == len(self.courses):
+                self.evidence.validated(course.name, self._answers(course, course.validation, self.method))
         names = [course.name for course in self.courses]
         self.progress.R.append([row.get(name) for name in names])
         self.watcher.row(number, names, self.progress.R[-1])
@@ -320,12 +284,13 @@ class Session:
         if self.config.evaluate == "seen" or newest.name in self.model.bank or self.method.learns_together:
             return
         for number, method in ((0, attach_method(self.model, self.config)), (len(self.courses) - 1, self.method)):
-            if self.progress.R[number][-1] is None and (score := self._score(newest, method)) is not None:
-                self.progress.R[number][-1] = score.score
+            if self.progress.R[number][-1] is None:
+                answers = self._answers(newest, newest.test, method)
+                self.progress.R[number][-1] = None if answers is None else answers.score().score
 
-    def _score(self, course: Course, method: Method) -> Score | None:
-        """A learned task with its own parts, another with those it would start from; None without test rows."""
-        if course.test is None:
+    def _answers(self, course: Course, split: Scored | None, method: Method) -> Answers | None:
+        """A learned task with its own parts, another with those it would start from; None without rows."""
+        if split is None:
             return None
         entry = self.model.bank.get(course.name)
         if entry is None:
@@ -333,7 +298,7 @@ class Session:
             if parts is None:
                 return None
             entry = Entry(course.task, parts)
-        return evaluate_task(self.engine({course.name: entry}), entry, *course.test)
+        return answer_task(self.engine({course.name: entry}), entry, *split)
 
     def _finish(self) -> Result:
         names = [course.name for course in self.courses]
@@ -351,6 +316,7 @@ class Session:
                 name: {split: SplitInfo(**info) for split, info in self.progress.data[name].items()} for name in names
             },
             details=self.progress.details,
+            items={name: Items(**self.progress.items[name]) for name in names if name in self.progress.items},
             environment=self.environment(),
             digests={name: digests[name] for name in names},
             resumed=self.progress.resumed,

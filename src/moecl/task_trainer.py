@@ -175,6 +175,7 @@ class TaskTrainer(Trainer):
     def __init__(self, learner: Learner, feed: Feed, train: TrainConfig, passes: Passes, **kwargs: Any) -> None:
         self.learner, self.passes, self.settings, self.feed = learner, passes, train, feed
         self._draft: str | None = None
+        self.figures: dict[str, float] = {}  # the method's, as the checkpoint has them
         super().__init__(model=learner, train_dataset=feed, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -250,7 +251,12 @@ class TaskTrainer(Trainer):
         (folder / STATE).write_bytes(save(self.learner.state.state_dict()))
         if self.passes.best is not None:
             (folder / BEST).write_bytes(save(self.passes.best))
-        seen = {"curve": self.passes.curve, "best_step": self.passes.best_step, "count": self.learner.count}
+        seen = {
+            "curve": self.passes.curve,
+            "best_step": self.passes.best_step,
+            "count": self.learner.count,
+            "figures": self.learner.method.log(),
+        }
         (folder / PASSES).write_text(json.dumps(seen))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -262,6 +268,7 @@ class TaskTrainer(Trainer):
         seen = json.loads((folder / PASSES).read_text())
         self.passes.curve = [(step, score) for step, score in seen["curve"]]
         self.passes.best_step, self.learner.count = seen["best_step"], seen["count"]
+        self.figures = seen.get("figures", {})
 
 
 def seal(folder: Path) -> None:
@@ -364,4 +371,5 @@ def learn_task(
         trainer.check()
         method.learned(row_losses(learner, rows, pad_id, prefixes))
     trained = sum(p.numel() for group in method.groups().values() for p in group)
-    return Learned(trainer.state.global_step, passes.best_step, passes.curve, method.log(), trained)
+    figures = method.log() or trainer.figures
+    return Learned(trainer.state.global_step, passes.best_step, passes.curve, figures, trained)

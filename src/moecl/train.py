@@ -5,11 +5,13 @@ from pathlib import Path
 
 from moecl._sizes import EXPERT_MEMORY, parse_size
 from moecl.config import StreamConfig, TaskConfig
+from moecl.course import Progress, Watcher
 from moecl.data.task import TaskData, load_task_data
 from moecl.errors import ConfigError, DataError, RunError, TaskError, TrainingError, near
+from moecl.evidence import without_row
 from moecl.results import Result
 from moecl.run_folder import RunFolder
-from moecl.session import Progress, Session, Watcher, attach, attach_method, resolve
+from moecl.session import Session, attach, attach_method, resolve
 from moecl.store import Store
 
 __all__ = ["ContinualTrainer", "Watcher", "attach", "attach_method", "learn", "resolve"]
@@ -145,6 +147,7 @@ def reopened(result: Result, name: str) -> Progress:
     kept = {task: dict(found) for task, found in result.details.items() if task != name}
     if name in result.tasks:
         place = result.tasks.index(name)
+        kept = {task: without_row(found, place + 1) for task, found in kept.items()}
         del R[place + 1], data[name]
         for row in R:
             del row[place]

@@ -11,8 +11,8 @@ from moecl.errors import DataError, MoECLError, RunError, TaskError
 from moecl.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from moecl.course import Watcher
     from moecl.model import MoECL
-    from moecl.session import Watcher
     from moecl.store import Store
 
 STEP = 64  # rows that are answered at once

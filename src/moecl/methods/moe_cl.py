@@ -62,6 +62,6 @@ class MoECLMethod(Method):
 
     def log(self) -> dict[str, float]:
         adversary = self.state.adversary
-        if adversary is None or adversary.accuracy is None:
+        if adversary is None or adversary.accuracy is None or adversary.real_loss is None:
             return {}
-        return {"discriminator_accuracy": float(adversary.accuracy)}
+        return {"discriminator_accuracy": float(adversary.accuracy), "discriminator_loss": float(adversary.real_loss)}

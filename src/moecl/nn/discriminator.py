@@ -67,6 +67,7 @@ class Adversary(nn.Module):
         self.register_buffer("running", torch.zeros(2, layers, width))
         self.register_buffer("running_weight", torch.zeros(()))
         self.accuracy: Tensor | None = None  # of the last step's real rows, for the log
+        self.real_loss: Tensor | None = None  # their L_GAN, likewise
 
     @property
     def classes(self) -> int:
@@ -97,6 +98,7 @@ class Adversary(nn.Module):
         newest = torch.full(logits.shape[:2], len(self.active) - 1, device=p.device)
         self.accuracy = (logits.detach().argmax(-1) == newest).float().mean()
         total = F.cross_entropy(logits.flatten(0, 1), newest.flatten())
+        self.real_loss = total.detach()
         if self.memory and self.moments.shape[2]:
             drawn, tasks = self.draw(p.shape[1], generator)
             guesses = drawn @ self.weight.mT

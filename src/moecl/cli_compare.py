@@ -1,0 +1,161 @@
+"""`moecl compare`: parse, call, print."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from moecl.errors import ConfigError, DataError, RunError
+from moecl.terminal import quietly
+
+if TYPE_CHECKING:
+    from moecl.compare import Comparison, Decides, TaskChange, TextLosses
+
+EXAMPLES = """moecl compare runs/released runs/candidate
+moecl compare runs/released runs/candidate --max-drop 0.02 --confident -o compare.json
+moecl compare runs/released runs/candidate --general texts.txt"""
+FAILED = 3
+
+out, err = Console(), Console(stderr=True)
+
+
+def compare(
+    old: Annotated[
+        Path, typer.Argument(metavar="OLD", help="What must not be lost: a run folder, a bench's cell, a result.json.")
+    ],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="What is to take its place, likewise.")],
+    max_drop: Annotated[
+        float, typer.Option("--max-drop", metavar="SHARE", help="By how much a score may fall; 0.01 is a point.")
+    ] = 0.01,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail where the interval reaches below -SHARE: a drop is not ruled out.")
+    ] = False,
+    confident: Annotated[
+        bool, typer.Option("--confident", help="Fail only where the whole interval is below it: a drop is certain.")
+    ] = False,
+    general: Annotated[
+        Path | None,
+        typer.Option("--general", metavar="FILE", help='Texts of no task too: JSONL with "text", or one a line.'),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="For --general: auto, cpu, cuda ...")
+    ] = "auto",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the JSON there, too.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> int:
+    """Check that a newer run lost no task.
+
+    Exit 0, or 3 where one failed. A task fails if its score in NEW is more than SHARE below OLD's: the difference
+    itself decides, unless --strict or --confident lets its 95% interval (bootstrap over test rows, paired) do so. A
+    task that NEW lacks fails; a new one is shown. Both runs must have been tested on the same rows, else exit 2.
+
+    --general: mean log p a token under the base of each run; it fails where the loss rises by more than that share.
+    """
+    from moecl.compare import Comparison, compare_tasks, compare_texts, failed, read_result, to_json
+
+    if strict and confident:
+        raise ConfigError("--strict, --confident: they contradict each other; give one")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise RunError(f"-o {output}: no folder {output.parent}; make it first")
+    decides: Decides = "strict" if strict else "confident" if confident else "point"
+    tasks = compare_tasks(read_result(old), read_result(new), max_drop, decides)
+    texts = None
+    if general is not None:
+        texts = compare_texts(*predicted(general, old, new, device), max_drop, decides)
+    found = Comparison(
+        old=str(old),
+        new=str(new),
+        max_drop=max_drop,
+        decides=decides,
+        tasks=tasks,
+        general=texts,
+        failed=failed(tasks, texts),
+    )
+    if output is not None:
+        from moecl._atomic import atomic_write
+
+        atomic_write(output, to_json(found).encode() + b"\n")
+    print(to_json(found)) if as_json else show(out, found)
+    if not found.failed:
+        return 0
+    err.print(
+        f"moecl: failed: {', '.join(found.failed)}{swapped(tasks)}", highlight=False, markup=False, soft_wrap=True
+    )
+    return FAILED
+
+
+def swapped(tasks: "list[TaskChange]") -> str:
+    """A question, where OLD has learned more than NEW and all else is in both."""
+    reasons = {one.reason for one in tasks}
+    return " (are OLD and NEW the right way round?)" if "not in NEW" in reasons and "not in OLD" not in reasons else ""
+
+
+def predicted(file: Path, old: Path, new: Path, device: str) -> "tuple[TextLosses, TextLosses]":
+    """The texts' losses under the base of each run."""
+    from moecl.using import open_store
+
+    texts = read_texts(file)
+    stores = [open_store(path if path.is_dir() else path.parent) for path in (old, new)]
+    with quietly(), err.status("reading the texts"):
+        from moecl.engine import Engine
+        from moecl.general import text_losses
+        from moecl.using import load
+
+        before, after = (text_losses(Engine(load(store, device, "2GB")), texts) for store in stores)
+    return before, after
+
+
+def read_texts(file: Path) -> list[str]:
+    from moecl.config import Task
+    from moecl.data.task import rows_from_lines
+    from moecl.using import lines_of
+
+    task = Task(name="general", kind="classification", instruction="{text}")
+    with lines_of(file) as lines:
+        texts = [example.text or "" for example in rows_from_lines(lines, task, str(file))]
+    if not texts:
+        raise DataError(f"--general {file}: the file is empty; give texts, one a line")
+    return texts
+
+
+def show(console: Console, found: "Comparison") -> None:
+    from moecl.show import plain_table, say, show_score
+
+    sides = dict.fromkeys(("rows", "old", "new", "change"), "right") | dict.fromkeys(
+        ("95% interval", "verdict"), "left"
+    )
+    table = plain_table("task", **sides)
+    for one in found.tasks:
+        verdict = one.verdict or "-"
+        table.add_row(
+            one.task,
+            str(one.rows),
+            show_score(one.old),
+            show_score(one.new),
+            signed(one.difference),
+            within(one.low, one.high),
+            f"{verdict}: {one.reason}" if one.reason else verdict,
+            style="red" if verdict == "fail" else "",
+        )
+    console.print(table)
+    if (texts := found.general) is not None:
+        cut = f", {texts.cut} of them cut" if texts.cut else ""
+        read = f"{texts.texts} texts, {texts.tokens} tokens{cut}"
+        say(
+            console,
+            f"general: log p a token {texts.new:.4f}, was {texts.old:.4f}; loss {texts.increase:+.2%} "
+            f"({texts.low:+.2%} to {texts.high:+.2%}), {texts.verdict}: {read}",
+        )
+    rule = {"point": "the change", "strict": "the interval's low end", "confident": "the interval's high end"}
+    say(console, f"allowed: a drop of {found.max_drop:g}; what decides is {rule[found.decides]}")
+
+
+def signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}"
+
+
+def within(low: float | None, high: float | None) -> str:
+    return "-" if low is None or high is None else f"{signed(low)} to {signed(high)}"
