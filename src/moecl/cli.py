@@ -15,6 +15,7 @@ from rich.console import Console
 from typer.main import get_command
 
 from moecl._sizes import parse_size
+from moecl.cli_review import EXAMPLES, review
 from moecl.errors import AssetError, ConfigError, RunError, near
 from moecl.terminal import Command, CommandWithKeys, explain, quietly
 
@@ -249,19 +250,24 @@ def predict(
     task: Annotated[
         str | None, typer.Option("--task", metavar="NAME", help="The task that answers; `moecl tasks RUN` lists them.")
     ] = None,
+    thresholds: Annotated[
+        Path | None,
+        typer.Option("--thresholds", metavar="FILE", help="thresholds.json of `moecl review`: adds a `decision`."),
+    ] = None,
     device: Device = None,
     expert_memory: ExpertMemory = "2GB",
 ) -> None:
     """Answer texts: one JSON object a row, in order.
 
     Each has the `label` and the `scores` of all labels; for a generation task `label` is the text that was written.
+    A row's own label, where it has one, comes back as `true`. `decision` is the label, or `review` for a human.
     """
     if file is None and sys.stdin.isatty():
         err.print("rows from the terminal, one a line; Ctrl-D ends", style="dim")
     with quietly():
         from moecl.using import answers
 
-        for found in answers(run, file, task, device or "auto", expert_memory):
+        for found in answers(run, file, task, device or "auto", expert_memory, thresholds):
             print("\n".join(json.dumps(one, ensure_ascii=False) for one in found), flush=True)
 
 
@@ -301,6 +307,9 @@ def tasks(run: Run, as_json: AsJson = False) -> None:
 
     rows = learned(run)
     print(json.dumps(rows, ensure_ascii=False)) if as_json else show_tasks(out, rows)
+
+
+app.command(cls=Command, epilog=EXAMPLES)(review)
 
 
 # Preparing

@@ -134,9 +134,7 @@ def calibration(share: Floats, right: Flags) -> tuple[float, list[Bin]]:
         accuracy = float(right[inside].mean()) if count else None
         if mean is not None and accuracy is not None:
             error += count / len(share) * abs(mean - accuracy)
-        bins.append(
-            Bin(low=edges[number], high=edges[number + 1], rows=count, share=mean, accuracy=accuracy)
-        )
+        bins.append(Bin(low=edges[number], high=edges[number + 1], rows=count, share=mean, accuracy=accuracy))
     return error, bins
 
 
@@ -183,9 +181,9 @@ def compare(a: Mapping[str, Flags], b: Mapping[str, Flags], of_a: TaskReviews, o
     for name in a:
         draws[name] = resampled(a[name].astype(int) - b[name].astype(int), generator)
         tasks[name] = change(of_a[name], of_b[name], draws[name])
-    overall = [total([of[name] for name in a]) for of in (of_a, of_b)]
+    all_a, all_b = (total([of[name] for name in a]) for of in (of_a, of_b))
     drawn = np.sum([draws[name] for name in a], axis=0)
-    return Against(tasks=tasks, total=change(*overall, drawn))
+    return Against(tasks=tasks, total=change(all_a, all_b, drawn))
 
 
 def resampled(difference: NDArray[np.int_], generator: np.random.Generator) -> NDArray[np.int64]:
@@ -201,9 +199,7 @@ def change(a: Decided, b: Decided, drawn: NDArray[np.int64]) -> Change:
     low, high = np.quantile(drawn / a.rows, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     difference = (a.decided - b.decided) / a.rows
     plain_a, plain_b = (counted(one.rows, one.decided, one.right) for one in (a, b))
-    return Change(
-        a=plain_a, b=plain_b, difference=difference, interval=(low, high), saved_per_1000=1000 * difference
-    )
+    return Change(a=plain_a, b=plain_b, difference=difference, interval=(low, high), saved_per_1000=1000 * difference)
 
 
 class Review(Strict):
@@ -252,7 +248,9 @@ def paired(
     for name in names:
         one, other = pairs[name].test, against[name].test
         if named_rows(one) != named_rows(other):
-            raise DataError(f"--against: task {name!r}: its test rows or their labels are others; give a run on the same")
+            raise DataError(
+                f"--against: task {name!r}: its test rows or their labels are others; give a run on the same"
+            )
     second = {name: fit(against[name].validation, target) for name in names}
     return compare(
         {name: decided(fitted[name], pairs[name].test) for name in names},

@@ -93,7 +93,9 @@ def _labels(row: Row, where: str) -> tuple[str, ...]:
 
 def _check_label(where: str, what: str, label: str, labels: tuple[str, ...]) -> None:
     if label not in labels:
-        raise DataError(f"{where}: {what} {label!r} has no score{near(label, labels)}; the labels are {_listed(labels)}")
+        raise DataError(
+            f"{where}: {what} {label!r} has no score{near(label, labels)}; the labels are {_listed(labels)}"
+        )
 
 
 def _listed(labels: Iterable[str]) -> str:
@@ -146,7 +148,9 @@ def of_run(run: Path, names: Collection[str] = ()) -> tuple[dict[str, Pair], dic
         )
     for name in names:
         if name not in result.tasks:
-            raise TaskError(f"--task: {run} has no task {name!r}, only {', '.join(result.tasks)}{near(name, result.tasks)}")
+            raise TaskError(
+                f"--task: {run} has no task {name!r}, only {', '.join(result.tasks)}{near(name, result.tasks)}"
+            )
     pairs, skipped = {}, {}
     for name in [task for task in result.tasks if not names or task in names]:
         paths = [folder / f"{name}.{split}.jsonl" for split in ("validation", "test")]
@@ -167,5 +171,7 @@ def of_run(run: Path, names: Collection[str] = ()) -> tuple[dict[str, Pair], dic
 def _pair(name: str, validation: Scored, test: Scored, parts: Mapping[str, str] | None) -> Pair:
     if set(validation.labels) != set(test.labels):
         validating, testing = (", ".join(rows.labels) for rows in (validation, test))
-        raise DataError(f"task {name!r}: the validation rows score {validating}, the test rows {testing}; give one model's")
+        raise DataError(
+            f"task {name!r}: the validation rows score {validating}, the test rows {testing}; give one model's"
+        )
     return Pair(validation, test, parts)
