@@ -60,8 +60,8 @@ class Scored:
 def tail(right: int, rows: int, precision: float) -> float:
     """The chance of `right` or more right answers of `rows`, where each is right with probability `precision`.
 
-    >>> tail(9, 10, 0.5)  # 11 / 1024
-    0.0107421875
+    >>> round(tail(9, 10, 0.5) * 1024)  # all ten, or one of ten wrong
+    11
     """
     if precision in (0.0, 1.0):
         return float(right == 0 or precision == 1)

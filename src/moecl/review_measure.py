@@ -105,7 +105,8 @@ def measure(thresholds: TaskThresholds, rows: Scored) -> TaskReview:
     """What the thresholds come to on a task's test rows."""
     done, right = decided(thresholds, rows), rows.right()
     classes = {}
-    for place, label in enumerate(rows.labels):
+    for label in thresholds.labels:
+        place = rows.labels.index(label)
         given, true = done & (rows.given == place), rows.true == place
         found = counted(len(done), int(given.sum()), int((given & right).sum()))
         classes[label] = class_review(found, int(true.sum()), int((true & done & ~right).sum()))

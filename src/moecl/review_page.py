@@ -35,10 +35,10 @@ figure { margin: 0; } figure svg { max-width: 100%; height: auto; }
 """
 
 WORDS = """
-A row is decided without a human where its answer's share of probability reaches the threshold of the answer's class.
-The stripping rate is the share of test rows that are decided. Precision is the share of decided rows that are right,
-with the 95 % interval of Clopper and Pearson. Slipped: rows of a class that were decided as another one. The calibration
-error is the mean over rows of the distance between an answer's share and the accuracy of the answers in its bin of ten.
+A row is decided without a human where its answer's share of probability reaches the least share asked of the class that
+was answered. The stripping rate is the share of test rows that are decided. Precision is the share of decided rows that
+are right, with the 95 % interval of Clopper and Pearson. Slipped: rows of a class that were decided as another one. The
+calibration error is the mean over rows of how far an answer's share is from the accuracy in its bin of ten.
 """
 
 
