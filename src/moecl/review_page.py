@@ -27,6 +27,7 @@ body { margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: var(--ink); 
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid var(--grid); white-space: nowrap; }
+th { white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 8rem; }
 tr:not(.inner) td:first-child { font-weight: 600; }
 tr.inner td:first-child { padding-left: 2rem; }
