@@ -127,6 +127,13 @@ def test_rows_may_come_in_any_order(tmp_path):
     assert np.array_equal(one.share, two.share)
 
 
+def test_shares_are_compared_as_predict_prints_them(tmp_path):
+    [fine] = read_scored(
+        write_rows(tmp_path / "fine", [{**row(1, *SURE[0]), "scores": {"compliant": 0.87654349}}])
+    ).share
+    assert fine == 0.876543
+
+
 def test_tasks_without_thresholds_are_skipped_with_a_word(tmp_path, say):
     run = write_run(tmp_path / "run", {"t": {"validation": SURE, "test": SURE}, "lone": {"test": SURE}})
     for split in ("validation", "test"):

@@ -240,7 +240,8 @@ def demo(
 
 @app.command(
     cls=Command,
-    epilog="moecl predict runs/mine comments.txt --task reviews\necho 'I like it.' | moecl predict runs/mine",
+    epilog="moecl predict runs/mine comments.txt --task reviews\necho 'I like it.' | moecl predict runs/mine\n"
+    "moecl predict runs/mine new.jsonl --task reviews --thresholds runs/mine/review/thresholds.json",
 )
 def predict(
     run: Run,

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 EXAMPLES = """moecl review runs/mine
 moecl review runs/mine --precision 0.95 --confidence 0.95
 moecl review runs/mine --against runs/old
-moecl review --validation val.jsonl --test test.jsonl --task comments -o review
-moecl predict runs/mine new.jsonl --task comments --thresholds runs/mine/review/thresholds.json"""
+moecl review --validation val.jsonl --test test.jsonl --task comments -o review"""
 
 out, err = Console(), Console(stderr=True)
 

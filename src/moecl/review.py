@@ -38,7 +38,7 @@ class Strict(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A task's rows with their answers: `true` and `given` are places in `labels`, `share` is that of the answer.
+    """A task's rows with their answers: `true` and `given` are places in `labels`, `share` the answer's, rounded.
 
     All arrays are [rows], `numbers` (which row of the split it is) in ascending order without repetition.
     """
@@ -148,13 +148,22 @@ class TaskThresholds(Strict):
     )
 
 
+def rounded(share: float) -> float:
+    """A share as it is printed and compared: six significant digits, as finer ones depend on a row's batch.
+
+    >>> rounded(0.123456789), rounded(0.99999987)
+    (0.123457, 1.0)
+    """
+    return float(f"{share:.6g}")
+
+
 def decide(thresholds: TaskThresholds, label: str, scores: Mapping[str, float]) -> str:
     """The label, where its share of probability reaches its threshold, else "review".
 
     `label` is the answer, `scores` the share of every label.
     """
     threshold = thresholds.labels[label].threshold
-    return label if threshold is not None and scores[label] >= threshold else REVIEW
+    return label if threshold is not None and rounded(scores[label]) >= threshold else REVIEW
 
 
 def loosest(share: Floats, right: Flags, target: Target) -> float | None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moecl.errors import DataError, RunError, TaskError, near
 from moecl.results import Result
-from moecl.review import REVIEW, Scored, Share, first_fault
+from moecl.review import REVIEW, Scored, Share, first_fault, rounded
 from moecl.review_measure import Pair
 from moecl.run_folder import RESULT
 
@@ -60,7 +60,7 @@ def read_scored(path: Path) -> Scored | None:
         if labels:
             _check_label(where, "the true label", true, labels)
             _check_label(where, "the answer", given, labels)
-        rows[number] = true, given, row.scores.get(given, 0.0)
+        rows[number] = true, given, rounded(row.scores.get(given, 0.0))
     if labels is None:
         raise DataError(f"{path}: no rows; give a file with some")
     return _scored(labels, dict(sorted(rows.items()))) if labels else None

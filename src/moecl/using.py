@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moecl.errors import DataError, MoECLError, RunError, TaskError
-from moecl.review import TaskThresholds, Thresholds, decide
+from moecl.review import TaskThresholds, Thresholds, decide, rounded
 from moecl.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -71,11 +71,11 @@ def answers(
 
 
 def answer(found: "Prediction", true: str | None, levels: TaskThresholds | None) -> dict[str, Any]:
-    """A line of `moecl predict`; the decision is that of the scores as they are shown."""
-    shown = {label: float(f"{score:.6g}") for label, score in found.scores.items()}
-    line: dict[str, Any] = {"label": found.label, "scores": shown}
+    """A line of `moecl predict`."""
+    scores = {label: rounded(score) for label, score in found.scores.items()}
+    line: dict[str, Any] = {"label": found.label, "scores": scores}
     if levels is not None:
-        line["decision"] = decide(levels, found.label, shown)
+        line["decision"] = decide(levels, found.label, scores)
     return line if true is None else {**line, "true": true}
 
 
