@@ -78,6 +78,8 @@ class GroupReview(Decided):
 
 class TaskReview(GroupReview):
     thresholds: dict[str, Share | None]
+    mean_share: float = Field(description="of all answers, decided or not")
+    accuracy: Share = Field(description="how many of them are right")
     calibration_error: float = Field(description="expected calibration error (Guo et al. 2017), in ten bins")
     reliability: list[Bin]
 
@@ -115,6 +117,8 @@ def measure(thresholds: TaskThresholds, rows: Scored) -> TaskReview:
         **dict(counted(len(done), int(done.sum()), int((done & right).sum()))),
         classes=classes,
         thresholds={label: found.threshold for label, found in thresholds.labels.items()},
+        mean_share=float(rows.share.mean()),
+        accuracy=float(right.mean()),
         calibration_error=error,
         reliability=bins,
     )

@@ -32,7 +32,7 @@ def tables(review: Review, a: str = "A", b: str = "B") -> list[Table]:
 
 def asked(target: Target) -> str:
     sure = "" if target.confidence is None else f" with {target.confidence:.4g} confidence"
-    return f"thresholds: precision {target.precision:.4g} on validation rows{sure}, class by class"
+    return f"thresholds: precision {target.precision:.4g} of each class on validation rows{sure}"
 
 
 def notes(review: Review) -> list[str]:
@@ -69,8 +69,14 @@ def _overall(name: str, found: GroupReview) -> Line:
 
 
 def _of_class(label: str, found: ClassReview, level: str) -> Line:
-    slipped = f"{found.slipped}/{found.true} {percent(found.slip_rate)}" if found.true else "-"
-    cells = (label, level, str(found.decided), percent(found.stripping_rate), precision(found), slipped)
+    cells = (
+        label,
+        level,
+        str(found.decided),
+        percent(found.stripping_rate),
+        precision(found),
+        percent(found.slip_rate),
+    )
     return Line(cells, inner=True)
 
 
@@ -90,13 +96,10 @@ def _change(name: str, found: Change) -> Line:
 
 def calibration_table(review: Review) -> Table:
     columns = ("task", "mean\nshare", "accuracy", "calibration\nerror")
-    lines = []
-    for name, task in review.tasks.items():
-        share, accuracy = (
-            sum(one.rows * (getattr(one, what) or 0.0) for one in task.reliability) / task.rows
-            for what in ("share", "accuracy")
-        )
-        lines.append(Line((name, show(share), show(accuracy), show(task.calibration_error))))
+    lines = [
+        Line((name, show(task.mean_share), show(task.accuracy), show(task.calibration_error)))
+        for name, task in review.tasks.items()
+    ]
     return Table("Share of probability of all answers, and how many are right", columns, lines)
 
 
