@@ -289,6 +289,29 @@ def test_predict(learned, moecl, refuses, tmp_path):
     assert "give a file of JSONL rows or plain lines" in refuses("predict", run, tmp_path, "--task", "task1")
 
 
+def test_predict_decides_by_thresholds(learned, moecl, refuses, tmp_path):
+    run = learned / "run"
+    texts = learned / "task1.test.jsonl"
+    plain = [json.loads(line) for line in moecl("predict", run, texts, "--task", "task1").out.splitlines()]
+    assert [row["true"] for row in plain] == [json.loads(line)["label"] for line in texts.read_text().splitlines()]
+    scored = tmp_path / "scored.jsonl"
+    scored.write_text("".join(json.dumps(row) + "\n" for row in plain))
+    files = ("--validation", scored, "--test", scored, "--precision", "0.6", "-o", tmp_path)
+    review = json.loads(moecl("review", *files, "--task", "task1", "--json").out)
+    thresholds = tmp_path / "thresholds.json"
+    found = moecl("predict", run, texts, "--task", "task1", "--thresholds", thresholds).out.splitlines()
+    decisions = [json.loads(line)["decision"] for line in found]
+    assert sum(one != "review" for one in decisions) == review["total"]["decided"]
+    assert {one for row, one in zip(plain, decisions, strict=True) if one != row["label"]} <= {"review"}
+    assert [{**row, "decision": one} for row, one in zip(plain, decisions, strict=True)] == list(map(json.loads, found))
+    asked = ("predict", run, texts, "--task", "task0", "--thresholds")
+    assert "thresholds.json: has no task 'task0', only task1 (did you mean" in refuses(*asked, thresholds)
+    assert "no.json: No such file or directory; give the thresholds.json" in refuses(*asked, tmp_path / "no.json")
+    thresholds.write_text(thresholds.read_text().replace('"parts": null', '"parts": {"task": "0"}'))
+    asked = ("predict", run, texts, "--task", "task1", "--thresholds", thresholds)
+    assert "was made before the task or its experts changed; make it again" in refuses(*asked)
+
+
 @pytest.mark.parametrize(
     ("stdin", "answered", "said"),
     [

@@ -27,6 +27,9 @@ BOTTOM = {
     "metrics",
     "results",
     "review",
+    "review_measure",
+    "review_rows",
+    "review_tables",
     "run_folder",
     "stats",
     "_atomic",
@@ -39,9 +42,10 @@ BOTTOM = {
 STORE = {"store", "_card", "_manifest"}
 TRAIN = {"train", "session", "course", "evidence", "task_trainer", "feed"}
 BENCH = {"bench", "bench_cells", "bench_ray", "bench_record", "bench_tune", "bench_worker"}
+COMMANDS = {"cli", "cli_bench", "cli_compare", "cli_review"}
 TOP = {
-    *("server", "cli", "cli_bench", "cli_compare", "show", "show_bench", "watch", "terminal", "using", "estimate"),
-    "__main__",
+    *("server", "review_page", "show", "show_bench", "watch", "terminal", "using", "estimate", "__main__"),
+    *COMMANDS,
 }
 
 
@@ -135,9 +139,6 @@ IN_COMMON = {"methods.base", "methods.one_lora", "methods.added_lora"}  # of sev
 @pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("methods.")])
 def test_methods_do_not_know_each_other(module):
     assert {other for other in ours(tree(module)) if other.startswith("methods")} <= IN_COMMON
-
-
-COMMANDS = {"cli", "cli_bench", "cli_compare"}
 
 
 @pytest.mark.parametrize("module", [module for module in (*sorted(COMMANDS), "server") if module in MODULES])

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from typer.main import get_command
 
-from moecl import cli_bench, cli_compare
+from moecl import cli_bench, cli_compare, cli_review
 from moecl._sizes import parse_size
 from moecl.errors import AssetError, ConfigError, RunError, near
 from moecl.terminal import Command, CommandWithKeys, explain, quietly
@@ -243,7 +243,8 @@ app.command(cls=cli_bench.BenchCommand, epilog=cli_bench.EPILOG)(cli_bench.bench
 
 @app.command(
     cls=Command,
-    epilog="moecl predict runs/mine comments.txt --task reviews\necho 'I like it.' | moecl predict runs/mine",
+    epilog="moecl predict runs/mine comments.txt --task reviews\necho 'I like it.' | moecl predict runs/mine\n"
+    "moecl predict runs/mine new.jsonl --task reviews --thresholds runs/mine/review/thresholds.json",
 )
 def predict(
     run: Run,
@@ -253,19 +254,24 @@ def predict(
     task: Annotated[
         str | None, typer.Option("--task", metavar="NAME", help="The task that answers; `moecl tasks RUN` lists them.")
     ] = None,
+    thresholds: Annotated[
+        Path | None,
+        typer.Option("--thresholds", metavar="FILE", help="thresholds.json of `moecl review`: adds a `decision`."),
+    ] = None,
     device: Device = None,
     expert_memory: ExpertMemory = "2GB",
 ) -> None:
     """Answer texts: one JSON object a row, in order.
 
     Each has the `label` and the `scores` of all labels; for a generation task `label` is the text that was written.
+    A row's own label, where it has one, comes back as `true`. `decision` is the label, or `review` for a human.
     """
     if file is None and sys.stdin.isatty():
         err.print("rows from the terminal, one a line; Ctrl-D ends", style="dim")
     with quietly():
         from moecl.using import answers
 
-        for found in answers(run, file, task, device or "auto", expert_memory):
+        for found in answers(run, file, task, device or "auto", expert_memory, thresholds):
             print("\n".join(json.dumps(one, ensure_ascii=False) for one in found), flush=True)
 
 
@@ -308,6 +314,7 @@ def tasks(run: Run, as_json: AsJson = False) -> None:
 
 
 app.command(cls=Command, epilog=cli_compare.EXAMPLES)(cli_compare.compare)
+app.command(cls=Command, epilog=cli_review.EXAMPLES)(cli_review.review)
 
 
 # Preparing

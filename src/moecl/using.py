@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moecl.errors import DataError, MoECLError, RunError, TaskError
+from moecl.review import TaskThresholds, Thresholds, decide, rounded
 from moecl.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from moecl.course import Watcher
+    from moecl.engine import Prediction
     from moecl.model import MoECL
     from moecl.store import Store
 
@@ -39,14 +41,21 @@ def learned(run: Path) -> list[dict[str, Any]]:
 
 
 def answers(
-    run: Path, file: Path | None, task: str | None, device: str, expert_memory: str
+    run: Path, file: Path | None, task: str | None, device: str, expert_memory: str, thresholds: Path | None = None
 ) -> Iterator[list[dict[str, Any]]]:
     """Labels and scores of the rows of a file or of standard input, in order, some rows at a time.
 
-    Raises RunError, TaskError and DataError before the base is loaded where it can.
+    With a thresholds file also the decisions. Raises RunError, TaskError and DataError before the base is loaded where
+    it can.
     """
     store = open_store(run)
-    name = store.record(task or only_task(store)).name
+    record = store.record(task or only_task(store))
+    name = record.name
+    levels = (
+        None
+        if thresholds is None
+        else Thresholds.load(thresholds).of(name, record.task.labels or (), record.parts, thresholds)
+    )
     with lines_of(file) as lines:
         first = next(lines, None)
         if first is None:
@@ -57,13 +66,17 @@ def answers(
         engine = Engine(load(store, device, expert_memory))
         rows = rows_from_lines(chain([first], lines), engine.bank[name].task, "stdin" if file is None else str(file))
         for chunk in chunks(rows, 1 if file is None and sys.stdin.isatty() else STEP):
-            yield [
-                {
-                    "label": found.label,
-                    "scores": {label: float(f"{score:.6g}") for label, score in found.scores.items()},
-                }
-                for found in engine.predict(chunk, name)
-            ]
+            found = engine.predict(chunk, name)
+            yield [answer(one, row.label, levels) for one, row in zip(found, chunk, strict=True)]
+
+
+def answer(found: "Prediction", true: str | None, levels: TaskThresholds | None) -> dict[str, Any]:
+    """A line of `moecl predict`."""
+    scores = {label: rounded(score) for label, score in found.scores.items()}
+    line: dict[str, Any] = {"label": found.label, "scores": scores}
+    if levels is not None:
+        line["decision"] = decide(levels, found.label, scores)
+    return line if true is None else {**line, "true": true}
 
 
 def scores(

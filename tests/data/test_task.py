@@ -134,7 +134,7 @@ def test_instructions_use_any_field_and_keep_braces():
     task = Task(name="t", kind="classification", instruction='{{"{title}" ({n}): {text}}}', labels=["a", "b"])
     row = example({"text": "{title} {{x}} {", "title": "{text}", "n": 3, "more": [1], "label": "a"}, task)
     assert template(task.instruction).fill(row.fields) == '{"{text}" (3): {title} {{x}} {}'
-    assert row.label is None
+    assert row.label == "a"
     assert (row.text, template(task.instruction).cut) == ("{title} {{x}} {", "text")
     assert template("{a} {b}").cut == "b"
     assert template("{a} {prompt} {b}").cut == "prompt"

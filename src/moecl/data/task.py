@@ -215,7 +215,9 @@ def _example(where: str, row: Mapping[str, Any], task: Task, *, answered: bool) 
     fields = {name: _text_form(value) for name, value in row.items() if name != answer and _is_scalar(value)}
     for name in dict.fromkeys(parsed.names):
         _check_field(where, name, row, task, cut=name == parsed.cut)
-    label = _label(where, row, task) if answered and task.kind == "classification" else None
+    label = (
+        (_label(where, row, task) if answered else _known_label(row, task)) if task.kind == "classification" else None
+    )
     completion = _completion(where, row) if answered and task.kind == "generation" else None
     return Example(fields[parsed.cut], fields, label, completion, None, where)
 
@@ -256,6 +258,11 @@ def _label(where: str, row: Mapping[str, Any], task: Task) -> str:
         f"{where}: label: {_show(value)} is not one of {_listed(task.labels)}{near(forms[0], task.labels)}; "
         "correct the row, or add it to the task's labels"
     )
+
+
+def _known_label(row: Mapping[str, Any], task: Task) -> str | None:
+    """The label of a row that needs none: what else stands there is none of the task's business."""
+    return next((form for form in _label_forms(row.get("label")) if form in (task.labels or ())), None)
 
 
 def _label_forms(value: Any) -> list[str]:

@@ -1,0 +1,177 @@
+"""Scored predictions with their labels, a JSON object a line, as `moecl train` and `moecl predict` write them."""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moecl.errors import DataError, RunError, TaskError, near
+from moecl.results import Result
+from moecl.review import REVIEW, Scored, Share, first_fault, rounded
+from moecl.review_measure import Pair
+from moecl.run_folder import RESULT
+
+PREDICTIONS = "predictions"
+
+
+class Row(BaseModel):
+    """A line. A run's: `label` is the true one, `answer` the model's. Of `moecl predict`: `true`, and `label`."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    row: Annotated[int, Field(ge=1)] | None = None
+    label: str
+    answer: str | None = None
+    true: str | None = None
+    scores: dict[str, Share]
+
+    def pair(self, where: str) -> tuple[str, str]:
+        """The true label and the answer."""
+        if self.answer is not None:
+            return self.label, self.answer
+        if self.true is None:
+            raise DataError(
+                f"{where}: the row has no true label; give `moecl predict` rows with a label that the task knows, "
+                "or write the true one as label and the model's as answer"
+            )
+        return self.true, self.label
+
+
+def read_scored(path: Path) -> Scored | None:
+    """The rows of a file, in the order of their numbers; None for a generation task's, which have no scores.
+
+    Raises DataError (`file:line`): no rows, a row twice, without label, with a label or a score that cannot be.
+    """
+    rows: dict[int, tuple[str, str, float]] = {}
+    labels: tuple[str, ...] | None = None
+    for place, (where, row) in enumerate(_lines(path), 1):
+        number = place if row.row is None else row.row
+        if number in rows:
+            raise DataError(f"{where}: row: {number} stands in the file twice; remove one")
+        if labels is None:
+            labels = _labels(row, where)
+        elif set(row.scores) != set(labels):
+            raise DataError(f"{where}: scores: are of {_listed(row.scores)}, those before of {_listed(labels)}")
+        true, given = row.pair(where)
+        if labels:
+            _check_label(where, "the true label", true, labels)
+            _check_label(where, "the answer", given, labels)
+        rows[number] = true, given, rounded(row.scores.get(given, 0.0))
+    if labels is None:
+        raise DataError(f"{path}: no rows; give a file with some")
+    return _scored(labels, dict(sorted(rows.items()))) if labels else None
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Row]]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield where, _parse(line, where)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; give a file of predictions, a JSON object a line") from error
+
+
+def _parse(line: bytes, where: str) -> Row:
+    try:
+        return Row.model_validate_json(line)
+    except ValidationError as error:
+        remedy = 'a row is {"row": 1, "label": true label, "answer": the model\'s, "scores": {label: share}}'
+        raise DataError(f"{where}: {first_fault(error)}; {remedy}") from None
+
+
+def _labels(row: Row, where: str) -> tuple[str, ...]:
+    if REVIEW in row.scores:
+        raise DataError(f"{where}: scores: the label {REVIEW!r} is the decision that asks a human; rename the label")
+    return tuple(row.scores)
+
+
+def _check_label(where: str, what: str, label: str, labels: tuple[str, ...]) -> None:
+    if label not in labels:
+        raise DataError(
+            f"{where}: {what} {label!r} has no score{near(label, labels)}; the labels are {_listed(labels)}"
+        )
+
+
+def _listed(labels: Iterable[str]) -> str:
+    return ", ".join(labels) or "none"
+
+
+def _scored(labels: tuple[str, ...], rows: dict[int, tuple[str, str, float]]) -> Scored:
+    place = {label: number for number, label in enumerate(labels)}
+    digest = hashlib.sha256()
+    for number, row in rows.items():
+        digest.update(json.dumps([number, *row], ensure_ascii=False).encode() + b"\n")
+    true, given, share = zip(*rows.values(), strict=True)
+    return Scored(
+        labels=labels,
+        numbers=np.array(list(rows)),
+        true=np.array([place[label] for label in true]),
+        given=np.array([place[label] for label in given]),
+        share=np.array(share),
+        sha256=digest.hexdigest(),
+    )
+
+
+# Where they lie
+
+
+def of_files(validation: Path, test: Path, name: str) -> dict[str, Pair]:
+    """The one task whose splits are in two files. Raises DataError."""
+    return {name: _pair(name, _classified(validation), _classified(test), None)}
+
+
+def _classified(path: Path) -> Scored:
+    if (rows := read_scored(path)) is None:
+        raise DataError(f"{path}: no scores, as of a generation task; only a classification has thresholds")
+    return rows
+
+
+def of_run(run: Path, names: Collection[str] = ()) -> tuple[dict[str, Pair], dict[str, str]]:
+    """The tasks of a run (only those in `names`, where there are some), and why others are skipped.
+
+    Raises RunError: not a finished run, no predictions; TaskError: no such task; DataError: a faulty row.
+    """
+    if not run.is_dir():
+        raise RunError(f"{run}: no such folder; give one that `moecl train STREAM -o RUN` has made")
+    result = Result.load(run / RESULT)
+    folder = run / PREDICTIONS
+    if not folder.is_dir():
+        raise RunError(
+            f"{run}: has no {PREDICTIONS} folder; learn it with `moecl train` of this version into a new folder, "
+            "or give files with --validation and --test"
+        )
+    for name in names:
+        if name not in result.tasks:
+            raise TaskError(
+                f"--task: {run} has no task {name!r}, only {', '.join(result.tasks)}{near(name, result.tasks)}"
+            )
+    pairs, skipped = {}, {}
+    for name in [task for task in result.tasks if not names or task in names]:
+        paths = [folder / f"{name}.{split}.jsonl" for split in ("validation", "test")]
+        if missing := [path.name for path in paths if not path.is_file()]:
+            skipped[name] = f"no {PREDICTIONS}/{missing[0]}"
+            continue
+        validation, test = map(read_scored, paths)
+        if validation is None or test is None:
+            skipped[name] = "a generation task, which has no thresholds"
+        else:
+            pairs[name] = _pair(name, validation, test, result.digests.get(name))
+    if not pairs:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise RunError(f"{run}: nothing to review ({reasons}); give a run of classification tasks with validation rows")
+    return pairs, skipped
+
+
+def _pair(name: str, validation: Scored, test: Scored, parts: Mapping[str, str] | None) -> Pair:
+    if set(validation.labels) != set(test.labels):
+        validating, testing = (", ".join(rows.labels) for rows in (validation, test))
+        raise DataError(
+            f"task {name!r}: the validation rows score {validating}, the test rows {testing}; give one model's"
+        )
+    return Pair(validation, test, parts)
