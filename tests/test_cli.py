@@ -19,6 +19,7 @@ from moecl import cli, terminal, watch
 from moecl.cli import main
 from moecl.config import load_stream
 from moecl.data.derived import Derived
+from moecl.method_config import METHODS
 from moecl.run_folder import RunFolder
 from moecl.store import Store
 from tiny_stream import task, write_rows, write_stream
@@ -456,7 +457,8 @@ def test_what_the_cache_has_of_users_texts(moecl, tmp_path, monkeypatch):
 
 
 def test_methods(moecl):
-    assert moecl("methods").out.startswith("moe-cl ")
+    assert [one["name"] for one in json.loads(moecl("methods", "--json").out)] == list(METHODS)
+    assert "per-task-lora" in moecl("methods").out
 
 
 # Bad input

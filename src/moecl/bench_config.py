@@ -16,7 +16,7 @@ from moecl._explain import Setting, explain, problem, settings
 from moecl._yaml import Document, show
 from moecl.config import StreamConfig, load_stream
 from moecl.errors import ConfigError, near
-from moecl.method_config import METHODS
+from moecl.method_config import method_names, method_settings
 
 OWN_ORDER = "stream"  # the name of the only order where none is given
 _BENCHES_OWN = ("base", "method", "method.name", "tasks", "train.seed")  # what no `set` or search may change
@@ -144,9 +144,9 @@ class BenchConfig(_Keys):
     def _goes_together(self) -> Self:
         for label, given in self.methods.items():
             name = given.get("name", label)
-            if name not in METHODS:
-                known = f"use one of: {', '.join(METHODS)}{near(str(name), METHODS)}"
-                remedy = known if "name" in given else f"give its registry name under `name`, {known}"
+            if name not in (known := method_names()):
+                hint = f"use one of: {', '.join(known)}{near(str(name), known)}"
+                remedy = hint if "name" in given else f"give its registry name under `name`, {hint}"
                 raise problem(
                     f"{show(name)} is not a method; {remedy}", "methods", label, *(["name"] * ("name" in given))
                 )
@@ -154,7 +154,9 @@ class BenchConfig(_Keys):
             _check_slugs(what, names)
         if len({*self.seeds}) < len(self.seeds):
             raise problem("holds a seed twice; remove one", "seeds")
-        fields = {f"method.{field}" for label in self.methods for field in METHODS[self.method(label)].model_fields}
+        fields = {
+            f"method.{field}" for label in self.methods for field in method_settings(self.method(label)).model_fields
+        }
         for key in self.set:
             if key.startswith("method.") and not any(key == one or key.startswith(f"{one}.") for one in fields):
                 raise problem(f"no method of this bench has {show(key)}{near(key, fields)}; remove it", "set", key)
@@ -169,7 +171,7 @@ class BenchConfig(_Keys):
 
     def applicable(self, label: str, changes: Mapping[str, Any]) -> dict[str, Any]:
         """What of changes for all methods is for this one."""
-        fields = METHODS[self.method(label)].model_fields
+        fields = method_settings(self.method(label)).model_fields
         return {
             key: value for key, value in changes.items() if not key.startswith("method.") or key.split(".")[1] in fields
         }

@@ -420,10 +420,12 @@ def cache_clear(
     err.print(f"cleared {', '.join(names) if names else 'all'} in {cache_dir()}", highlight=False, soft_wrap=True)
 
 
-@app.command(cls=Command, epilog="moecl methods")
-def methods() -> None:
-    """List the methods a stream can name."""
-    from moecl.method_config import METHODS
+@app.command(cls=Command, epilog="moecl methods\nmoecl methods --json")
+def methods(as_json: AsJson = False) -> None:
+    """List the methods a stream can name: what each trains, stores, and needs to answer. Plug-ins are among them."""
+    from moecl.methods import all_methods
+    from moecl.methods.base import describe
+    from moecl.show import show_methods
 
-    for name, settings in METHODS.items():
-        print(f"{name:18} {(settings.__doc__ or '').strip().splitlines()[0]}")
+    found = [describe(method) for method in all_methods()]
+    print(json.dumps(found, ensure_ascii=False)) if as_json else show_methods(out, found)

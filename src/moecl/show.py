@@ -76,6 +76,13 @@ def show_tasks(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     console.print(table)
 
 
+def show_methods(console: Console, rows: Sequence[Mapping[str, str]]) -> None:
+    table = plain_table("method", "trains", "stores", "needs to answer or learn")
+    for row in rows:
+        table.add_row(row["name"], row["trains"], row["stores"], row["needs"])
+    console.print(table)
+
+
 def show_scores(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     table = plain_table("task", "metric", score="right", rows="right", recall="left")
     for row in rows:
