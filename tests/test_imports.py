@@ -25,6 +25,7 @@ BOTTOM = {
     "results",
     "review",
     "run_folder",
+    "stats",
     "_atomic",
     "_explain",
     "_raw",
