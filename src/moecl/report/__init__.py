@@ -6,7 +6,9 @@ from pathlib import Path
 
 from moecl._atomic import atomic_write
 from moecl.errors import RunError
-from moecl.report import bench, compared, run
+from moecl.report import bench as of_bench
+from moecl.report import compared
+from moecl.report import run as of_run
 from moecl.report.page import Page, Section, Table, html, markdown
 from moecl.report.read import Bench, Run, merged, read
 
@@ -49,20 +51,19 @@ def page_of(found: Sequence[Run | Bench]) -> tuple[Page, list[str], list[Table]]
     sections: list[Section] = []
     headlines: list[str] = []
     tables: list[Table] = []
-    for one in merged([one for one in found if isinstance(one, Bench)]):
-        more, headline, table = bench.sections(one)
+    for bench in merged([one for one in found if isinstance(one, Bench)]):
+        more, words, table = of_bench.sections(bench, f"Bench {bench.name or ''}".rstrip() if len(found) > 1 else "")
         sections += more
-        headlines.append(headline)
+        headlines += words
         tables += [table] if table else []
     if len(runs) > 1:
-        table = compared.table(runs)
-        sections.append(Section(f"{len(runs)} runs compared", [table]))
-        tables.append(table)
-    for one in runs:
-        sections += run.sections(one, f"Run {one.name}" if len(found) > 1 else "")
-        tables += (
-            [] if len(runs) > 1 else [table for s in sections for table in s.blocks if isinstance(table, Table)][:1]
-        )
+        side_by_side = compared.table(runs)
+        sections.append(Section(f"{len(runs)} runs compared", [side_by_side]))
+        tables.append(side_by_side)
+    if len(runs) == 1:
+        tables.append(of_run.by_task(runs[0].result))
+    for run in runs:
+        sections += of_run.sections(run, f"Run {run.name}" if len(found) > 1 else "")
     names = [one.name for one in found if one.name]
     title = f"{'Bench' if not runs else 'Run' if len(found) == 1 else 'Report'}: {', '.join(names[:4])}"
     return Page(f"{title}{' and more' if len(names) > 4 else ''}".rstrip(": "), sections), headlines, tables

@@ -21,6 +21,7 @@ from moecl.report.words import (
     several,
     signed,
 )
+from moecl.stats import Difference
 
 ABOUT = (
     "Intervals and p: bootstrap over test rows, 2,000 draws, paired between methods; they do not count how results "
@@ -28,34 +29,27 @@ ABOUT = (
 )
 
 
-def sections(bench: Bench) -> tuple[list[Section], str, Table | None]:
-    """The sections, the headline, and the table of methods and orders."""
+def sections(bench: Bench, title: str) -> tuple[list[Section], list[str], Table | None]:
+    """The sections, what stands at the top in words, and the table of methods and orders."""
     found = standings(bench)
     said = headline(bench, found)
     warnings = [Text(line, "warning") for line in unfinished(bench)]
     first = Section(
         "" if not bench.name else f"Bench {bench.name}", [*warnings, Text(said, "headline"), *_beside(found)]
     )
+    words = [*(line.text for line in warnings), said]
     if not found:
-        return [first, *_protocol(bench)], said, None
+        return [first, *_protocol(bench)], words, None
     table = by_order(bench, found)
-    parts: list[tuple[str, list[Block], bool]] = [
-        ("Methods", [*_dots(found), table, transfer(found)], False),
-        ("Who is ahead", list(_significance(found)), False),
-        ("By task", [by_task(bench, found)], False),
-        ("Cost against accuracy", list(_cost(found)), False),
-        ("What was tuned", list(_tuning(bench)), False),
-    ]
-    return (
-        [
-            first,
-            *(Section(name, blocks, folded=folded) for name, blocks, folded in parts if blocks),
-            *_protocol(bench),
-            *_environment(found),
-        ],
-        said,
-        table,
-    )
+    parts: dict[str, list[Block]] = {
+        "Methods": [*_dots(found), table, transfer(found)],
+        "Who is ahead": [*_significance(found)],
+        "By task": [by_task(bench, found)],
+        "Cost against accuracy": [*_cost(found)],
+        "What was tuned": [*_tuning(bench)],
+    }
+    shown = [Section(name, blocks) for name, blocks in parts.items() if blocks]
+    return [first, *shown, *_protocol(bench), *_environment(found)], words, table
 
 
 # In words
@@ -72,17 +66,23 @@ def headline(bench: Bench, found: Sequence[Standing]) -> str:
     gap = f"{score(first.mean)} average accuracy; {rival.other.label}, the closest rival, is"
     on = f" (on the {several(rival.cells, 'cell')} that both have)" if rival.cells < len(first.results) else ""
     if rival.sure is None:
-        return f"{first.label} leads with {gap} {points(rival.mean)} {_side(rival.mean)}{on}. {NO_ITEMS} {_orders(first, rival)}"
-    sure = f"95% interval {between((rival.sure.low, rival.sure.high), signed)}, p = {p_value(rival.sure.p)}"
+        lead = f"{first.label} leads with {gap} {points(rival.mean)} {_side(rival.mean)}{on}."
+        return f"{lead} {NO_ITEMS} {_orders(first, rival)}"
+    sure = f"95% interval {_points(rival.sure)}, p = {p_value(rival.sure.p)}"
     verdict = f"{gap} {points(rival.mean)} {_side(rival.mean)}{on} ({sure})."
     if rival.sure.low > 0:
-        return f"{first.label} is better than every rival: {verdict} {_orders(first, rival)}"
+        return f"{first.label} is better than its best rival: {verdict} {_orders(first, rival)}"
     return (
         f"{first.label} is not shown to be better: {verdict} The interval does not lie above 0. {_orders(first, rival)}"
     )
 
 
 NO_ITEMS = "How sure that is cannot be said: the results hold no test items."
+
+
+def _points(sure: Difference, turned: bool = False) -> str:
+    low, high = (-sure.high, -sure.low) if turned else (sure.low, sure.high)
+    return f"{low * 100:.1f} to {high * 100:.1f} points"
 
 
 def _side(ahead: float) -> str:
@@ -116,7 +116,7 @@ def _beside(found: Sequence[Standing]) -> Iterator[Text]:
             continue
         how = KEEPS_DATA[one.method]
         what = "the bound, no rival" if one.method == BOUND else "not rehearsal-free"
-        sure = f" (95% interval {between((versus.sure.low, versus.sure.high), signed)})" if versus.sure else ""
+        sure = f" (95% interval {_points(versus.sure, versus.mean < 0)})" if versus.sure else ""
         yield Text(
             f"{one.label} ({what}: {how}) reaches {score(one.mean)}; {first.label if first else ''} is "
             f"{points(versus.mean)} {'above' if versus.mean >= 0 else 'below'} it{sure}."
@@ -159,11 +159,11 @@ def by_order(bench: Bench, found: Sequence[Standing]) -> Table:
         mark: Any = "strong" if one is first else "" if one.rehearsal_free else "muted"
         cells = [_mean_sd(one.of_order(order)) for order in orders]
         done = f"{len(one.results)} of {planned[one.label]}"
-        whole = [score(one.mean), _sd(one.spread()), between(one.interval())]
-        rows.append([Cell(text, mark=mark) for text in [name_of(one), *cells, *whole, done]])
+        whole = [score(one.mean), between(one.interval()), _sd(one.spread())]
+        rows.append([Cell(text, mark=mark) for text in [name_of(one), *whole, *cells, done]])
     return Table(
         "Average accuracy after the last task, by order (mean ± SD over seeds)",
-        ["method", *orders, "all orders", "SD over seeds", "95% interval", "cells"],
+        ["method", "all orders", "95% interval", "SD over seeds", *orders, "cells"],
         rows,
         f"{ABOUT} Methods in grey are not rehearsal-free: {listed([f'{m} {how}' for m, how in KEEPS_DATA.items()])}.",
     )
@@ -189,7 +189,11 @@ def transfer(found: Sequence[Standing]) -> Table:
 
 def _significance(found: Sequence[Standing]) -> Iterator[Block]:
     first = ranking.leader(found)
-    others = [compared for one in found if first and one is not first and (compared := compare(first, one))]
+    others = [
+        compared
+        for one in found
+        if first and one is not first and one.method != BOUND and (compared := compare(first, one))
+    ]
     if first and others:
         yield _compared(f"{first.label}, the leader, less each other method", others)
     ours = next((one for one in found if one.method == OURS), None)  # the best of them: standings are sorted
@@ -257,7 +261,6 @@ def _dots(found: Sequence[Standing]) -> Iterator[Figure]:
             plots.intervals("methods", f"Dot plot of average accuracy. {told}", rows, "average accuracy", bound),
             "Average accuracy and its 95% interval over test rows, the leader with a diamond."
             + (" Dashed: joint training, the bound." if bound is not None else ""),
-            told,
         )
 
 
@@ -276,11 +279,10 @@ def _cost(found: Sequence[Standing]) -> Iterator[Block]:
                 "time", f"Scatter plot of accuracy by time. {told}", shown, "minutes a run", "average accuracy"
             ),
             "Time of a run against average accuracy: up and left is better.",
-            told,
         )
     stored = [(label, costs[one.label]["kept"], one.mean, one is first) for one in found
               if one.mean is not None and costs[one.label]["kept"] for label in [name_of(one)]]  # fmt: skip
-    if stored:
+    if len({kept for _, kept, *_ in stored}) > 1:
         scaled = [(label, kept / 1e6, value, strong) for label, kept, value, strong in stored]
         told = "; ".join(f"{label} {value:.3f} with {mega:.1f} MB" for label, mega, value, _ in scaled)
         yield Figure(
@@ -288,7 +290,6 @@ def _cost(found: Sequence[Standing]) -> Iterator[Block]:
                 "stored", f"Scatter plot of accuracy by storage. {told}", scaled, "MB stored a task", "average accuracy"
             ),
             "What a task leaves on disk against average accuracy.",
-            told,
         )
     rows = []
     for one in found:
@@ -382,7 +383,8 @@ def _environment(found: Sequence[Standing]) -> list[Section]:
             if one.label not in different.setdefault(key, []):
                 different[key].append(one.label)
     blocks: list[Block] = [
-        Table(f"Environment of {'all cells' if len(different) == 1 else ', '.join(labels)}", ["what", "value"], lines[key], words=(1,))
+        Table(f"Environment of {'all cells' if len(different) == 1 else ', '.join(labels)}", ["what", "value"],
+              lines[key], words=(1,))
         for key, labels in different.items() if lines[key]
     ]  # fmt: skip
     return [Section("Environment", blocks, folded=True)] if blocks else []

@@ -32,6 +32,7 @@ class Table:
     rows: Sequence[Sequence[str | Cell]]
     note: str = ""
     words: Collection[int] = ()
+    beside: bool = False  # narrow enough to stand beside a figure
 
     def cells(self) -> list[list[Cell]]:
         return [[one if isinstance(one, Cell) else Cell(one) for one in row] for row in self.rows]
@@ -39,11 +40,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing. `alt` says what is to be seen, for who does not see it."""
+    """A drawing; the SVG itself says what is to be seen, for who does not see it."""
 
     svg: str
     caption: str
-    alt: str
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,11 @@ def _escaped(text: str) -> str:
 
 
 def _groups(blocks: Sequence[Block]) -> list[tuple[str, list[Any]]]:
-    """Figures that follow each other stand side by side where there is room."""
+    """Figures, and narrow tables, that follow each other stand side by side where there is room."""
     found: list[tuple[str, list[Any]]] = []
     for block in blocks:
-        kind = "figures" if isinstance(block, Figure) else "block"
+        beside = isinstance(block, Figure) or (isinstance(block, Table) and block.beside)
+        kind = "figures" if beside else "block"
         if found and found[-1][0] == kind == "figures":
             found[-1][1].append(block)
         else:

@@ -5,9 +5,10 @@ Series differ by colour (Okabe-Ito), marker and line style, and are named where 
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -23,25 +24,42 @@ INK, MUTED, LINE = "#010203", "#040506", "#070809"  # stand for the page's own, 
 THEME = {INK: "currentColor", MUTED: "var(--muted)", LINE: "var(--line)"} | {
     colour: f"var(--c{place})" for place, colour in enumerate(SERIES)
 }
-LOOK = {
+LOOK: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 10, "text.color": INK, "axes.labelcolor": MUTED, "axes.edgecolor": LINE,
     "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
     "axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.7, "axes.spines.top": False, "axes.spines.right": False,
     "axes.axisbelow": True, "text.parse_math": False, "lines.linewidth": 1.8, "lines.markersize": 5,
 }  # fmt: skip
 MOST_LINES = 8
+MOST_LINEAR = 20  # between the least and the most, above which an axis is logarithmic
 LABEL = 11  # points between the names of two series
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+Plot = TypeVar("Plot", bound=Callable[..., str])
 
 
+def drawn(plot: Plot) -> Plot:
+    """`plot`, drawn in the look of the page. Raises UserError where Matplotlib is not installed."""
+
+    @wraps(plot)
+    def call(name: str, *arguments: Any, **more: Any) -> str:
+        try:
+            import matplotlib as mpl
+        except ImportError:
+            raise UserError("report: needs Matplotlib, which is not installed; pip install 'moecl[report]'") from None
+        with mpl.rc_context({**LOOK, "svg.hashsalt": name}):
+            return plot(name, *arguments, **more)
+
+    return cast(Plot, call)
+
+
+@drawn
 def lines(name: str, alt: str, series: Series, x: str, y: str, ticks: Sequence[str] = ()) -> str:
     """Each series (x values, y values; nan leaves a gap) under its name; of many the mean and the range."""
-    figure, axes = _start(name)
+    figure, axes = _start()
     if len(series) <= MOST_LINES:
         for place, (xs, ys) in enumerate(series.values()):
-            style = {"marker": MARKERS[place % 8], "linestyle": DASHES[place % 4], "color": SERIES[place % 6]}
-            axes.plot(xs, ys, **style)
+            axes.plot(xs, ys, MARKERS[place % 8] + DASHES[place % 4], color=SERIES[place % 6])
         ends = {label: _end(xs, ys) for label, (xs, ys) in series.items()}
         _name_ends(axes, {label: end for label, end in ends.items() if end})
     else:
@@ -50,14 +68,15 @@ def lines(name: str, alt: str, series: Series, x: str, y: str, ticks: Sequence[s
     if ticks:
         step = -(-len(ticks) // 6)
         axes.set_xticks(range(0, len(ticks), step), [_short(one, 10) for one in ticks[::step]])
-    return _finish(figure, name, alt)
+    return _finish(figure, alt)
 
 
+@drawn
 def intervals(
     name: str, alt: str, rows: Sequence[tuple[str, float, float, float, bool]], x: str, bound: float | None
 ) -> str:
     """A dot and its interval a row (label, value, low, high, whether it stands out), the first on top."""
-    figure, axes = _start(name, height=0.9 + 0.27 * len(rows))
+    figure, axes = _start(0.9 + 0.27 * len(rows))
     for place, (_, value, low, high, strong) in enumerate(rows):
         colour = SERIES[1] if strong else SERIES[0]
         axes.plot([low, high], [place, place], color=colour, linewidth=3 if strong else 1.8, solid_capstyle="butt")
@@ -67,42 +86,44 @@ def intervals(
     axes.grid(axis="y", visible=False)
     if bound is not None:
         axes.axvline(bound, color=INK, linestyle="--", linewidth=1)
-        axes.annotate("joint bound", (bound, 1), (-3, 2), "axes fraction", textcoords="offset points",
-                      ha="right", va="bottom").xycoords = ("data", "axes fraction")  # fmt: skip
+        axes.annotate(
+            "joint bound", (bound, 1), (0, 3), ("data", "axes fraction"), textcoords="offset points", ha="right"
+        )
     axes.set(xlabel=x)
-    return _finish(figure, name, alt)
+    return _finish(figure, alt)
 
 
+@drawn
 def points(name: str, alt: str, found: Sequence[tuple[str, float, float, bool]], x: str, y: str) -> str:
     """A named point each (label, x, y, whether it stands out)."""
-    figure, axes = _start(name)
-    for label, across, up, strong in found:
-        axes.plot([across], [up], marker="D" if strong else "o", color=SERIES[1] if strong else SERIES[0])
+    figure, axes = _start()
+    for _, right, up, strong in found:
+        axes.plot([right], [up], marker="D" if strong else "o", color=SERIES[1] if strong else SERIES[0])
     axes.set(xlabel=x, ylabel=y)
     axes.margins(0.12)
-    _name_points(axes, {label: (across, up) for label, across, up, _ in found})
-    return _finish(figure, name, alt)
+    across = [one[1] for one in found]
+    if max(across) > MOST_LINEAR * min(across) > 0:
+        axes.set_xscale("log")
+    _name_points(axes, {label: (right, up) for label, right, up, _ in found})
+    return _finish(figure, alt)
 
 
+@drawn
 def image(name: str, alt: str, values: np.ndarray[Any, Any], x: str, y: str) -> str:
     """A large matrix as colours, without numbers; cells without a value stay empty."""
-    figure, axes = _start(name, height=4.2)
+    figure, axes = _start(4.2)
     shown = axes.imshow(values, cmap="cividis", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
     axes.grid(visible=False)
     axes.set(xlabel=x, ylabel=y)
-    figure.colorbar(shown, ax=axes, shrink=0.7).outline.set_visible(False)  # type: ignore[operator]
-    return _finish(figure, name, alt)
+    figure.colorbar(shown, ax=axes, shrink=0.7).outline.set_visible(False)
+    return _finish(figure, alt)
 
 
-def _start(name: str, height: float = 3.0) -> "tuple[Figure, Axes]":
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("report: needs Matplotlib, which is not installed; pip install 'moecl[report]'") from None
-    with mpl.rc_context({**LOOK, "svg.hashsalt": name}):
-        figure = Figure(figsize=(5.6, height), layout="constrained")
-        return figure, figure.add_subplot()
+def _start(height: float = 3.0) -> "tuple[Figure, Axes]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, height), layout="constrained")
+    return figure, figure.add_subplot()
 
 
 def _end(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float] | None:
@@ -117,9 +138,10 @@ def _name_ends(axes: "Axes", ends: Mapping[str, tuple[float, float]]) -> None:
     scale = 190 / (high - low)  # points a unit, as the axes will be about
     heights = _apart({label: y * scale for label, (_, y) in ends.items()})
     for place, (label, (x, y)) in enumerate(ends.items()):
+        offset = (10 if x == right else 6, heights[label] - y * scale)
         axes.annotate(
-            _short(label, 18), (x, y), (10 if x == right else 6, heights[label] - y * scale), textcoords="offset points",
-            va="center", color=SERIES[list(ends).index(label) % 6], annotation_clip=False,
+            _short(label, 18), (x, y), offset, textcoords="offset points", va="center", color=SERIES[place % 6],
+            annotation_clip=False,
         )  # fmt: skip
 
 
@@ -174,15 +196,9 @@ def _band(axes: "Axes", series: Series) -> None:
         _name_ends(axes, {"mean": (at[-1], float(np.nanmean(table[:, -1])))})
 
 
-def _finish(figure: "Figure", name: str, alt: str) -> str:
-    import matplotlib as mpl
-
+def _finish(figure: "Figure", alt: str) -> str:
     file = io.StringIO()
-    with mpl.rc_context({**LOOK, "svg.hashsalt": name}):
-        figure.savefig(
-            file, format="svg", transparent=True,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )  # fmt: skip
+    figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :]
     used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", svg))
@@ -190,8 +206,7 @@ def _finish(figure: "Figure", name: str, alt: str) -> str:
     for colour, theirs in THEME.items():
         svg = svg.replace(colour, theirs)
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'^<svg([^>]*?) width="[^"]*"', r"<svg\1", svg)
-    svg = re.sub(r'^<svg([^>]*?) height="[^"]*"', r"<svg\1", svg)
+    svg = re.sub(r'^(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'^(<svg[^>]*?) height="[^"]*"', r"\1", svg))
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(alt)}"', 1).rstrip()
 
 

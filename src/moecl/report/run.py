@@ -1,6 +1,6 @@
 """The sections of one run. What was not recorded has no section."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,15 @@ from moecl.report.page import Block, Cell, Facts, Figure, Section, Table, Text
 from moecl.report.ranking import items
 from moecl.report.read import Run
 from moecl.report.words import NUMBERS, between, count, flat, number, score, several, signed
-from moecl.results import Items, Result
+from moecl.results import Items, Result, SplitInfo
 
 MOST_WITH_NUMBERS = 25  # tasks, above which R is an image
 MOST_CLASSES = 12  # of a task, above which only the hardest are listed
 HARDEST = 5
+MOST_BESIDE = 5  # tasks, above which R needs the width of the page
+MOST_OPEN = 30  # rows of a table, above which its section is opened by who wants it
+
+Details = Mapping[str, tuple[str, Callable[[Any], str]]]  # key of the details -> its name, how it is written
 
 MEANING = {
     "average_accuracy": "after the last task",
@@ -32,6 +36,7 @@ def sections(run: Run, title: str) -> list[Section]:
     result = run.result
     parts: list[tuple[str, Callable[[Result], Iterator[Block]], bool]] = [
         ("Scores", _scores, False),
+        ("Each task's score", _tasks, False),
         ("Recall by class", _recall, False),
         ("Training", _training, False),
         ("Inside the model", _inside, False),
@@ -42,8 +47,12 @@ def sections(run: Run, title: str) -> list[Section]:
     found = [(name, list(make(result)), folded) for name, make, folded in parts]
     return [
         Section(title, list(_first(result))),
-        *(Section(name, blocks, 3, folded) for name, blocks, folded in found if blocks),
+        *(Section(name, blocks, 3, folded or _long(blocks)) for name, blocks, folded in found if blocks),
     ]
+
+
+def _long(blocks: Sequence[Block]) -> bool:
+    return any(isinstance(block, Table) and len(block.rows) > MOST_OPEN for block in blocks)
 
 
 def _first(result: Result) -> Iterator[Block]:
@@ -70,16 +79,14 @@ def _scores(result: Result) -> Iterator[Block]:
     else:
         yield Figure(
             plots.image("R", "R as colours", _table(result), "task", "tasks learned"),
-            "R: score on each task (column) after so many tasks (row); white where not measured.",
-            "",
+            "R: score on each task (column) after so many tasks (row); empty where not measured.",
         )
     if (over_time := _over_time(result)) is not None:
         yield over_time
-    yield _by_task(result)
 
 
 def _heat(result: Result) -> Table:
-    rows = []
+    rows: list[list[str | Cell]] = []
     for after, row in enumerate(result.R):
         name = result.tasks[after - 1] if after else "(before any)"
         rows.append([name, *(_heat_cell(value, after == place + 1) for place, value in enumerate(row))])
@@ -88,6 +95,7 @@ def _heat(result: Result) -> Table:
         ["after", *result.tasks],
         rows,
         "Framed (bold in Markdown): the task just learned. Hatched: not measured.",
+        beside=len(result.tasks) <= MOST_BESIDE,
     )
 
 
@@ -116,11 +124,16 @@ def _over_time(result: Result) -> Figure | None:
         plots.lines("over time", f"Line chart of scores over time. {last}", series, "after learning", "score",
                     ["none", *result.tasks]),
         "Each task's score as further tasks are learned" + (": the mean over tasks, and their range." if many else "."),
-        last,
     )  # fmt: skip
 
 
-def _by_task(result: Result) -> Table:
+def _tasks(result: Result) -> Iterator[Block]:
+    if result.tasks:
+        yield by_task(result)
+
+
+def by_task(result: Result) -> Table:
+    """What became of each task."""
     rows = []
     for place, task in enumerate(result.tasks):
         learned, last = result.R[place + 1][place], result.R[-1][place]
@@ -133,7 +146,7 @@ def _by_task(result: Result) -> Table:
     columns = ["task", "metric", "when learned", "at the end", "95% interval", "change", "macro-F1"]
     shown = [c for c in range(len(columns)) if c < 4 or any(row[c] != "not measured" for row in rows)]
     return Table(
-        "Each task's score",
+        "Score when learned and after the last task",
         [columns[c] for c in shown],
         [[row[c] for c in shown] for row in rows],
         "Intervals: bootstrap over test rows." if 4 in shown else "",
@@ -201,9 +214,8 @@ def _training(result: Result) -> Iterator[Block]:
         yield Figure(
             plots.lines("validation", f"Line chart of validation scores by step. {last}", curves, "step", "score"),
             "Score on validation rows while each task was learned.",
-            last,
         )
-    wanted: dict[str, tuple[str, Callable[[Any], str]]] = {
+    wanted: Details = {
         "steps": ("steps", count),
         "best_step": ("best step", count),
         "validation_final": ("validation at the end", score),
@@ -216,7 +228,7 @@ def _training(result: Result) -> Iterator[Block]:
         yield table
 
 
-def _details_table(result: Result, wanted: dict[str, tuple[str, Callable[[Any], str]]], caption: str) -> Table | None:
+def _details_table(result: Result, wanted: Details, caption: str) -> Table | None:
     """The details of `wanted` that any task has."""
     details = [result.details.get(task, {}) for task in result.tasks]
     keys = [key for key in wanted if any(one.get(key) is not None for one in details)]
@@ -224,7 +236,7 @@ def _details_table(result: Result, wanted: dict[str, tuple[str, Callable[[Any], 
         [task, *("not measured" if one.get(key) is None else wanted[key][1](one[key]) for key in keys)]
         for task, one in zip(result.tasks, details, strict=True)
     ]
-    return Table(caption, ["task", *(wanted[key][0] for key in keys)], rows) if keys else None
+    return Table(caption, ["task", *(wanted[key][0] for key in keys)], rows, beside=len(keys) <= 2) if keys else None
 
 
 def _nan(value: float | None) -> float:
@@ -237,18 +249,21 @@ def _nan(value: float | None) -> float:
 def _inside(result: Result) -> Iterator[Block]:
     gates = {task: use for task in result.tasks if (use := result.details.get(task, {}).get("gate_use"))}
     if gates:
+        layers = list(dict.fromkeys(layer for use in gates.values() for layer in use))
         series = {
-            task: ([float(layer) for layer in use], [_nan(v) for v in use.values()]) for task, use in gates.items()
+            task: ([float(layers.index(layer)) for layer in use], [_nan(value) for value in use.values()])
+            for task, use in gates.items()
         }
         mean = {task: float(np.nanmean(ys)) for task, (_, ys) in series.items()}
         told = "; ".join(f"{task} {value:.2f}" for task, value in [*mean.items()][: plots.MOST_LINES])
         yield Figure(
-            plots.lines("gate", f"Line chart of gate weights by layer. Means: {told}", series, "layer", "weight"),
+            plots.lines(
+                "gate", f"Line chart of gate weights by layer. Means: {told}", series, "layer", "weight", layers
+            ),
             "Weight of the task's own expert by layer, mean over test rows; the rest goes to the shared expert. "
             f"Means over layers: {told}.",
-            told,
         )
-    wanted = {"discriminator_accuracy": ("accuracy", score), "discriminator_loss": ("loss", score)}
+    wanted: Details = {"discriminator_accuracy": ("accuracy", score), "discriminator_loss": ("loss", score)}
     if (table := _details_table(result, wanted, "Discriminator while each task was learned")) is not None:
         yield table
 
@@ -273,7 +288,6 @@ def _drift(result: Result) -> Iterator[Block]:
         plots.lines("drift", f"Line chart of drift. At the end: {told}", series, "after learning", "mean |change|",
                     ["none", *result.tasks]),
         "How far the labels' log shares have moved since a task was learned, mean over test rows.",
-        told,
     )  # fmt: skip
     yield Table(
         "Drift at the end",
@@ -286,21 +300,24 @@ def _drift(result: Result) -> Iterator[Block]:
 
 
 def _rows(result: Result) -> Iterator[Block]:
-    rows: list[Sequence[str]] = [
-        [task, split, count(info.rows), count(info.cut), info.sha256[:12]]
-        for task, splits in result.data.items()
-        for split, info in splits.items()
-    ]
-    if rows:
-        cut = sum(info.cut for splits in result.data.values() for info in splits.values())
-        yield Text(f"{count(cut)} of all rows were longer than max_length and were cut; none was left out.")
-        columns = ["task", "split", "rows", "of them cut", "sha256 of the rows"]
-        yield Table("Rows that were used", columns, rows, words=(1, 4))
+    if not result.data:
+        return
+    splits = list(dict.fromkeys(split for found in result.data.values() for split in found))
+    rows = [[task, *(_used(found.get(split)) for split in splits)] for task, found in result.data.items()]
+    cut = sum(info.cut for found in result.data.values() for info in found.values())
+    note = f"{count(cut)} of all rows were longer than max_length and were cut; none was left out."
+    yield Table("Rows that were used of each split", ["task", *splits], rows, note)
+
+
+def _used(info: SplitInfo | None) -> str:
+    return "-" if info is None else count(info.rows) + (f" ({count(info.cut)} cut)" if info.cut else "")
 
 
 def _environment(result: Result) -> Iterator[Block]:
     if result.environment:
         yield Table("Environment", ["what", "value"], [list(line) for line in flat(result.environment)], words=(1,))
-    digests = [[task, part, digest] for task, parts in result.digests.items() for part, digest in parts.items()]
-    if digests:
-        yield Table("sha256 of what was learned", ["task", "part", "sha256"], digests, words=(1, 2))
+    data = {task: {split: info.sha256 for split, info in found.items()} for task, found in result.data.items()}
+    for caption, what, digests in (("the rows", "split", data), ("what was learned", "part", result.digests)):
+        rows = [[task, part, digest] for task, parts in digests.items() for part, digest in parts.items()]
+        if rows:
+            yield Table(f"sha256 of {caption}", ["task", what, "sha256"], rows, words=(1, 2))
