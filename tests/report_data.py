@@ -67,10 +67,24 @@ def detail(place: int, task: str, last: Items, loss: float, count: int, R: list)
     }  # fmt: skip
 
 
-def write_run(folder: Path, **fields) -> Path:
+def write_run(folder: Path, learned=False, **fields) -> Path:
     folder.mkdir(parents=True)
-    result(**fields).save(folder / "result.json")
+    made = result(**fields)
+    made.save(folder / "result.json")
+    if learned:
+        for task, items in made.items.items():
+            write_predictions(folder / "predictions" / f"{task}.test.jsonl", items, items.given)
+            write_predictions(folder / "predictions" / f"{task}.learned.jsonl", items, items.true)
     return folder
+
+
+def write_predictions(path: Path, items: Items, given: list[int]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    rows = [
+        {"row": n, "label": items.labels[t], "answer": items.labels[g], "scores": {}}
+        for n, (t, g) in enumerate(zip(items.true, given, strict=True), 1)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 METHODS = {

@@ -61,7 +61,7 @@ def page_of(found: Sequence[Run | Bench]) -> tuple[Page, list[str], list[Table]]
         sections.append(Section(f"{len(runs)} runs compared", [side_by_side]))
         tables.append(side_by_side)
     if len(runs) == 1:
-        tables.append(of_run.by_task(runs[0].result))
+        tables.append(of_run.by_task(runs[0]))
     for run in runs:
         sections += of_run.sections(run, f"Run {run.name}" if len(found) > 1 else "")
     names = [one.name for one in found if one.name]

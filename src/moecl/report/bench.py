@@ -31,7 +31,7 @@ ABOUT = (
 
 def sections(bench: Bench, title: str) -> tuple[list[Section], list[str], Table | None]:
     """The sections, what stands at the top in words, and the table of methods and orders."""
-    found = standings(bench)
+    found, level = standings(bench), 3 if title else 2
     said = headline(bench, found)
     warnings = [Text(line, "warning") for line in unfinished(bench)]
     first = Section(
@@ -39,7 +39,7 @@ def sections(bench: Bench, title: str) -> tuple[list[Section], list[str], Table 
     )
     words = [*(line.text for line in warnings), said]
     if not found:
-        return [first, *_protocol(bench)], words, None
+        return [first, *_protocol(bench, level)], words, None
     table = by_order(bench, found)
     parts: dict[str, list[Block]] = {
         "Methods": [*_dots(found), table, transfer(found)],
@@ -48,8 +48,8 @@ def sections(bench: Bench, title: str) -> tuple[list[Section], list[str], Table 
         "Cost against accuracy": [*_cost(found)],
         "What was tuned": [*_tuning(bench)],
     }
-    shown = [Section(name, blocks) for name, blocks in parts.items() if blocks]
-    return [first, *shown, *_protocol(bench), *_environment(found)], words, table
+    shown = [Section(name, blocks, level) for name, blocks in parts.items() if blocks]
+    return [first, *shown, *_protocol(bench, level), *_environment(found, level)], words, table
 
 
 # In words
@@ -342,7 +342,7 @@ def _tuning(bench: Bench) -> Iterator[Block]:
     yield Table("Settings of each method", columns, rows, words=(1, 2, 4))
 
 
-def _protocol(bench: Bench) -> list[Section]:
+def _protocol(bench: Bench, level: int) -> list[Section]:
     orders = Table(
         "Orders", ["order", "tasks"], [[name, ", ".join(tasks)] for name, tasks in bench.orders.items()], words=(1,)
     )
@@ -361,7 +361,7 @@ def _protocol(bench: Bench) -> list[Section]:
         table = [[task, *(str(one.get(split, "-")) for split in splits)] for task, one in rows.items()]
         blocks.append(Table("Rows of each split", ["task", *splits], table))
     blocks += [Text("To run it again, with the file that the bench was started with:"), Text(COMMANDS, "code")]
-    return [Section("Protocol", blocks)]
+    return [Section("Protocol", blocks, level)]
 
 
 COMMANDS = "moecl bench bench.yaml -o OUT\nmoecl report OUT"
@@ -371,7 +371,7 @@ def _without_rows(protocol: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in protocol.items() if key != "rows" or not isinstance(value, Mapping)}
 
 
-def _environment(found: Sequence[Standing]) -> list[Section]:
+def _environment(found: Sequence[Standing], level: int) -> list[Section]:
     """Environments as the cells have them, each once."""
     different: dict[str, list[str]] = {}
     lines: dict[str, list[list[str]]] = {}
@@ -387,4 +387,4 @@ def _environment(found: Sequence[Standing]) -> list[Section]:
               lines[key], words=(1,))
         for key, labels in different.items() if lines[key]
     ]  # fmt: skip
-    return [Section("Environment", blocks, folded=True)] if blocks else []
+    return [Section("Environment", blocks, level, folded=True)] if blocks else []

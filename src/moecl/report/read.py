@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +16,18 @@ BENCH, RESULT, SCHEMA = "bench.json", "result.json", 1
 
 
 @dataclass(frozen=True)
+class Moved:
+    """Test rows that were right when the task was learned and are now wrong, and the other way round."""
+
+    lost: int
+    won: int
+
+
+@dataclass(frozen=True)
 class Run:
     name: str
     result: Result
+    moved: Mapping[str, Moved] = field(default_factory=dict)  # task -> rows, where both were written down
 
 
 class _Open(BaseModel):
@@ -77,13 +86,38 @@ def read(folder: Path) -> Run | Bench:
     if (folder / BENCH).is_file():
         return _read_bench(folder)
     if (folder / RESULT).is_file():
-        return Run(folder.resolve().name, Result.load(folder / RESULT))
+        result = Result.load(folder / RESULT)
+        moved = {task: found for task in result.tasks if (found := _moved(folder / "predictions", task)) is not None}
+        return Run(folder.resolve().name, result, moved)
     if (folder / "config.yaml").is_file():
         raise RunError(f"{folder}: the run is not finished; the command that started it goes on")
     raise RunError(
         f"{folder}: neither a run folder (no {RESULT}) nor a bench's (no {BENCH}); "
         "give what `moecl train` or `moecl bench` wrote"
     )
+
+
+def _moved(folder: Path, task: str) -> Moved | None:
+    learned, last = folder / f"{task}.learned.jsonl", folder / f"{task}.test.jsonl"
+    if not (learned.is_file() and last.is_file()):
+        return None
+    before, now = _right(learned), _right(last)
+    if len(before) != len(now):
+        return None  # the task's rows were replaced since
+    pairs = list(zip(before, now, strict=True))
+    return Moved(lost=pairs.count((True, False)), won=pairs.count((False, True)))
+
+
+def _right(path: Path) -> list[bool]:
+    """Whether each row of a file of predictions was answered right."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            found.append(row["label"].strip() == row["answer"].strip())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise RunError(f"{path}:{number}: is no prediction; restore the file, or remove it") from None
+    return found
 
 
 def _read_bench(folder: Path) -> Bench:

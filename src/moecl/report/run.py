@@ -8,7 +8,7 @@ import numpy as np
 from moecl import metrics, stats
 from moecl._sizes import duration, size
 from moecl.report import plots
-from moecl.report.page import Block, Cell, Facts, Figure, Section, Table, Text
+from moecl.report.page import MISSING, Block, Cell, Facts, Figure, Section, Table, Text
 from moecl.report.ranking import items
 from moecl.report.read import Run
 from moecl.report.words import NUMBERS, between, count, flat, number, score, several, signed
@@ -32,23 +32,21 @@ MEANING = {
 
 
 def sections(run: Run, title: str) -> list[Section]:
-    """All that is known of a run, under one title."""
-    result = run.result
-    parts: list[tuple[str, Callable[[Result], Iterator[Block]], bool]] = [
-        ("Scores", _scores, False),
-        ("Each task's score", _tasks, False),
-        ("Recall by class", _recall, False),
-        ("Training", _training, False),
-        ("Inside the model", _inside, False),
-        ("Drift of old tasks", _drift, False),
-        ("Rows", _rows, False),
-        ("Environment and hashes", _environment, True),
-    ]
-    found = [(name, list(make(result)), folded) for name, make, folded in parts]
-    return [
-        Section(title, list(_first(result))),
-        *(Section(name, blocks, 3, folded or _long(blocks)) for name, blocks, folded in found if blocks),
-    ]
+    """All that is known of a run, under one title where it has one."""
+    result, level = run.result, 3 if title else 2
+    parts: dict[str, list[Block]] = {
+        "Scores": [*_scores(result)],
+        "Each task's score": [by_task(run)] if result.tasks else [],
+        "Recall by class": [*_recall(result)],
+        "Training": [*_training(result)],
+        "Inside the model": [*_inside(result)],
+        "Drift of old tasks": [*_drift(result)],
+        "Rows": [*_rows(result)],
+    }
+    shown = [Section(name, blocks, level, folded=_long(blocks)) for name, blocks in parts.items() if blocks]
+    last = [*_environment(result)]
+    hashes = [Section("Environment and hashes", last, level, folded=True)] if last else []
+    return [Section(title, list(_first(result))), *shown, *hashes]
 
 
 def _long(blocks: Sequence[Block]) -> bool:
@@ -101,7 +99,7 @@ def _heat(result: Result) -> Table:
 
 def _heat_cell(value: float | None, learned: bool) -> Cell:
     if value is None:
-        return Cell("not measured", mark="empty")
+        return Cell(MISSING, mark="empty")
     return Cell(score(value), min(max(value, 0.0), 1.0), "learned" if learned else "")
 
 
@@ -127,24 +125,21 @@ def _over_time(result: Result) -> Figure | None:
     )  # fmt: skip
 
 
-def _tasks(result: Result) -> Iterator[Block]:
-    if result.tasks:
-        yield by_task(result)
-
-
-def by_task(result: Result) -> Table:
+def by_task(run: Run) -> Table:
     """What became of each task."""
+    result = run.result
     rows = []
     for place, task in enumerate(result.tasks):
         learned, last = result.R[place + 1][place], result.R[-1][place]
         change = None if learned is None or last is None else last - learned
-        found = result.items.get(task)
+        sure, moved = _interval(result.items.get(task), task), run.moved.get(task)
+        lost = MISSING if moved is None else f"{moved.lost} lost, {moved.won} won"
         rows.append(
-            [task, _metric(result, task), score(learned), score(last), _interval(found, task), signed(change),
-             score(_macro_f1(result, task))]
-        )  # fmt: skip
-    columns = ["task", "metric", "when learned", "at the end", "95% interval", "change", "macro-F1"]
-    shown = [c for c in range(len(columns)) if c < 4 or any(row[c] != "not measured" for row in rows)]
+            [task, _metric(result, task), score(learned), score(last), sure, signed(change), lost]
+            + [score(_macro_f1(result, task))]
+        )
+    columns = ["task", "metric", "when learned", "at the end", "95% interval", "change", "answers since", "macro-F1"]
+    shown = [c for c in range(len(columns)) if c < 4 or any(row[c] != MISSING for row in rows)]
     return Table(
         "Score when learned and after the last task",
         [columns[c] for c in shown],
@@ -233,7 +228,7 @@ def _details_table(result: Result, wanted: Details, caption: str) -> Table | Non
     details = [result.details.get(task, {}) for task in result.tasks]
     keys = [key for key in wanted if any(one.get(key) is not None for one in details)]
     rows = [
-        [task, *("not measured" if one.get(key) is None else wanted[key][1](one[key]) for key in keys)]
+        [task, *(MISSING if one.get(key) is None else wanted[key][1](one[key]) for key in keys)]
         for task, one in zip(result.tasks, details, strict=True)
     ]
     return Table(caption, ["task", *(wanted[key][0] for key in keys)], rows, beside=len(keys) <= 2) if keys else None
@@ -285,13 +280,13 @@ def _drift(result: Result) -> Iterator[Block]:
     ends = {task: ys[-1] for task, (_, ys) in series.items()}
     told = "; ".join(f"{task} {value:.3f}" for task, value in [*ends.items()][: plots.MOST_LINES])
     yield Figure(
-        plots.lines("drift", f"Line chart of drift. At the end: {told}", series, "after learning", "mean |change|",
+        plots.lines("drift", f"Line chart of drift. At the end: {told}", series, "after learning", "mean absolute change",
                     ["none", *result.tasks]),
         "How far the labels' log shares have moved since a task was learned, mean over test rows.",
     )  # fmt: skip
     yield Table(
         "Drift at the end",
-        ["task", "mean |change of log share|"],
+        ["task", "mean absolute change of log share"],
         [[task, score(value)] for task, value in ends.items()],
     )
 
