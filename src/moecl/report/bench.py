@@ -4,10 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moecl._sizes import duration, size
+from moecl.config import METHODS
 from moecl.report import plots, ranking
 from moecl.report.page import MISSING, Block, Cell, Figure, Section, Table, Text
 from moecl.report.ranking import BOUND, KEEPS_DATA, OURS, Comparison, Standing, best_rival, compare, standings
-from moecl.report.read import Bench, CellOfBench
+from moecl.report.read import Bench, CellOfBench, MethodOfBench
 from moecl.report.words import (
     between,
     count,
@@ -32,11 +33,9 @@ ABOUT = (
 def sections(bench: Bench, title: str) -> tuple[list[Section], list[str], Table | None]:
     """The sections, what stands at the top in words, and the table of methods and orders."""
     found, level = standings(bench), 3 if title else 2
-    said = headline(bench, found)
+    said = headline(found)
     warnings = [Text(line, "warning") for line in unfinished(bench)]
-    first = Section(
-        "" if not bench.name else f"Bench {bench.name}", [*warnings, Text(said, "headline"), *_beside(found)]
-    )
+    first = Section(title, [*warnings, Text(said, "headline"), *_beside(found)])
     words = [*(line.text for line in warnings), said]
     if not found:
         return [first, *_protocol(bench, level)], words, None
@@ -55,7 +54,7 @@ def sections(bench: Bench, title: str) -> tuple[list[Section], list[str], Table 
 # In words
 
 
-def headline(bench: Bench, found: Sequence[Standing]) -> str:
+def headline(found: Sequence[Standing]) -> str:
     """Is the leader better, and how sure are we: one paragraph."""
     first = ranking.leader(found)
     if first is None:
@@ -63,18 +62,14 @@ def headline(bench: Bench, found: Sequence[Standing]) -> str:
     rival = best_rival(first, found)
     if rival is None:
         return f"{first.label} reaches {score(first.mean)}; no rival has a finished cell in common with it yet."
-    gap = f"{score(first.mean)} average accuracy; {rival.other.label}, the closest rival, is"
-    on = f" (on the {several(rival.cells, 'cell')} that both have)" if rival.cells < len(first.results) else ""
+    on = f" on the {several(rival.cells, 'cell')} that both have" if rival.cells < len(first.results) else ""
+    gap = f"{score(first.mean)} average accuracy; {rival.other.label}, the closest rival, is {_side(rival.mean)}{on}"
     if rival.sure is None:
-        lead = f"{first.label} leads with {gap} {points(rival.mean)} {_side(rival.mean)}{on}."
-        return f"{lead} {NO_ITEMS} {_orders(first, rival)}"
-    sure = f"95% interval {_points(rival.sure)}, p = {p_value(rival.sure.p)}"
-    verdict = f"{gap} {points(rival.mean)} {_side(rival.mean)}{on} ({sure})."
+        return f"{first.label} leads with {gap}. {NO_ITEMS} {_orders(first, rival)}"
+    verdict = f"{gap} (95% interval {_points(rival.sure)}, p = {p_value(rival.sure.p)}). {_orders(first, rival)}"
     if rival.sure.low > 0:
-        return f"{first.label} is better than its best rival: {verdict} {_orders(first, rival)}"
-    return (
-        f"{first.label} is not shown to be better: {verdict} The interval does not lie above 0. {_orders(first, rival)}"
-    )
+        return f"{first.label} is better than its best rival: {verdict}"
+    return f"{first.label} is not shown to be better: {verdict} The interval does not lie above 0."
 
 
 NO_ITEMS = "How sure that is cannot be said: the results hold no test items."
@@ -86,7 +81,8 @@ def _points(sure: Difference, turned: bool = False) -> str:
 
 
 def _side(ahead: float) -> str:
-    return "behind" if ahead >= 0 else "ahead"
+    """Where the other stands."""
+    return "level with it" if round(ahead, 3) == 0 else f"{points(ahead)} {'behind' if ahead > 0 else 'ahead'}"
 
 
 def _orders(first: Standing, rival: Comparison) -> str:
@@ -328,7 +324,7 @@ def _tuning(bench: Bench) -> Iterator[Block]:
         best = max((trial.score for trial in trials if trial.score is not None), default=None)
         chosen = settings(method.tuned.chosen) if method.tuned else "-"
         rows.append(
-            [label, method.method, settings(method.settings), str(len(trials)), chosen, score(best) if trials else "-"]
+            [label, method.method, settings(_unusual(method)), str(len(trials)), chosen, score(best) if trials else "-"]
         )
     budgets = {len(found.trials) for found in tuned.values()}
     if tuned:
@@ -339,7 +335,15 @@ def _tuning(bench: Bench) -> Iterator[Block]:
         )
         yield Text(f"Hyper-parameters were chosen on validation rows only, with {same}.")
     columns = ["label", "method", "settings", "trials", "chosen", "validation score of the chosen"]
-    yield Table("Settings of each method", columns, rows, words=(1, 2, 4))
+    yield Table("Settings of each method, where not the default", columns, rows, words=(1, 2, 4))
+
+
+def _unusual(method: MethodOfBench) -> dict[str, Any]:
+    """The settings that are not the method's defaults; all of a method that is not known here."""
+    if method.method not in METHODS:
+        return method.settings
+    usual = METHODS[method.method].model_validate({"name": method.method}).model_dump(mode="json")
+    return {key: value for key, value in method.settings.items() if key not in usual or usual[key] != value}
 
 
 def _protocol(bench: Bench, level: int) -> list[Section]:

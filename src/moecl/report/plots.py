@@ -119,10 +119,10 @@ def image(name: str, alt: str, values: np.ndarray[Any, Any], x: str, y: str) -> 
     return _finish(figure, alt)
 
 
-def _start(height: float = 3.0) -> "tuple[Figure, Axes]":
+def _start(height: float = 2.8) -> "tuple[Figure, Axes]":
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, height), layout="constrained")
+    figure = Figure(figsize=(5, height), layout="constrained")
     return figure, figure.add_subplot()
 
 

@@ -280,7 +280,7 @@ def _drift(result: Result) -> Iterator[Block]:
     ends = {task: ys[-1] for task, (_, ys) in series.items()}
     told = "; ".join(f"{task} {value:.3f}" for task, value in [*ends.items()][: plots.MOST_LINES])
     yield Figure(
-        plots.lines("drift", f"Line chart of drift. At the end: {told}", series, "after learning", "mean absolute change",
+        plots.lines("drift", f"Line chart of drift. At the end: {told}", series, "after learning", "mean change",
                     ["none", *result.tasks]),
         "How far the labels' log shares have moved since a task was learned, mean over test rows.",
     )  # fmt: skip
