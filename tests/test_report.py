@@ -128,6 +128,14 @@ def test_what_is_not_known_is_left_out_or_said(tmp_path):
     make([tmp_path / "bare"])
 
 
+def test_joint_training_has_one_row(tmp_path):
+    found = page(make([write_run(tmp_path / "run", method="joint", bound=True)]))
+    rows = found.tables["R: score on each task (column) after each task learned (row)"]
+    assert rows[1] == ["(before any)", *["not measured"] * 4]
+    assert "backward transfer (BWT) not measured" in found.said
+    assert "not measured" not in rows[-1]
+
+
 def test_texts_have_scores_and_no_classes(tmp_path):
     made = result(tasks=("a",))
     items = {"a": Items(metric="rouge_l", scores=[0.5, 0.25])}
@@ -198,14 +206,27 @@ def test_a_bench_without_items_or_results_says_so(tmp_path):
     for path in folder.rglob("result.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"items": {}, "details": {}}))
     assert (
-        "How sure that is cannot be said: the results hold no test items. It leads in each of 2 orders."
-        in page(make([folder])).said
+        "not all results hold test items of the same tasks. It leads in each of 2 orders." in page(make([folder])).said
     )
     for path in folder.rglob("result.json"):
         path.unlink()
     found = page(make([folder]))
     assert "there is no leader" in found.said
     assert "4 of 4 cells not run yet" in found.said
+
+
+def test_orders_of_different_tasks_have_no_common_interval(tmp_path):
+    folder = write_bench(tmp_path / "b", methods=("moe-cl", "ewc"), orders=("order1", "order2"), seeds=(0,))
+    record = json.loads((folder / "bench.json").read_text())
+    record["orders"]["order2"] = ["dbpedia", "amazon"]
+    (folder / "bench.json").write_text(json.dumps(record))
+    for label in ("moe-cl", "ewc"):
+        method, level, loss = METHODS[label]
+        made = result(tasks=("dbpedia", "amazon"), method=method, level=level, loss=loss)
+        made.save(folder / "cells" / f"{label}.order2.s0" / "result.json")
+    found = page(make([folder]))
+    assert "How sure that is cannot be said" in found.said
+    assert "It leads in each of 2 orders, outside the interval in 2." in found.said
 
 
 def test_benches_of_the_same_base_and_tasks_are_one(tmp_path, bench_report):

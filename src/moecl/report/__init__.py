@@ -60,10 +60,10 @@ def page_of(found: Sequence[Run | Bench]) -> tuple[Page, list[str], list[Table]]
         side_by_side = compared.table(runs)
         sections.append(Section(f"{len(runs)} runs compared", [side_by_side]))
         tables.append(side_by_side)
-    if len(runs) == 1:
-        tables.append(of_run.by_task(runs[0]))
     for run in runs:
-        sections += of_run.sections(run, f"Run {run.name}" if len(found) > 1 else "")
+        more, by_task = of_run.sections(run, f"Run {run.name}" if len(found) > 1 else "")
+        sections += more
+        tables += [by_task] if len(runs) == 1 else []
     names = [one.name for one in found if one.name]
     title = f"{'Bench' if not runs else 'Run' if len(found) == 1 else 'Report'}: {', '.join(names[:4])}"
     return Page(f"{title}{' and more' if len(names) > 4 else ''}".rstrip(": "), sections), headlines, tables

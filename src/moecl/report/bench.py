@@ -72,7 +72,7 @@ def headline(found: Sequence[Standing]) -> str:
     return f"{first.label} is not shown to be better: {verdict} The interval does not lie above 0."
 
 
-NO_ITEMS = "How sure that is cannot be said: the results hold no test items."
+NO_ITEMS = "How sure that is cannot be said: not all results hold test items of the same tasks."
 
 
 def _points(sure: Difference, turned: bool = False) -> str:
@@ -155,7 +155,7 @@ def by_order(bench: Bench, found: Sequence[Standing]) -> Table:
         mark: Any = "strong" if one is first else "" if one.rehearsal_free else "muted"
         cells = [_mean_sd(one.of_order(order)) for order in orders]
         done = f"{len(one.results)} of {planned[one.label]}"
-        whole = [score(one.mean), between(one.interval()), _sd(one.spread())]
+        whole = [score(one.mean), between(one.interval()), _sd(one)]
         rows.append([Cell(text, mark=mark) for text in [name_of(one), *whole, *cells, done]])
     return Table(
         "Average accuracy after the last task, by order (mean ± SD over seeds)",
@@ -172,8 +172,9 @@ def _mean_sd(one: Standing | None) -> str:
     return score(one.mean) + (f" ± {spread:.3f}" if spread is not None else "")
 
 
-def _sd(value: float | None) -> str:
-    return "one seed" if value is None else f"{value:.3f}"
+def _sd(one: Standing) -> str:
+    value, seeds = one.spread(), {seed for _, seed in one.results}
+    return f"{value:.3f}" if value is not None else "one seed" if len(seeds) == 1 else MISSING
 
 
 def transfer(found: Sequence[Standing]) -> Table:
@@ -210,7 +211,7 @@ def _compared(caption: str, others: Sequence[Comparison]) -> Table:
         caption,
         ["method", "cells in common", "difference", "95% interval", "p", "p, Holm"],
         rows,
-        "On the cells that both have. p is two-sided; Holm's counts how many comparisons the table makes.",
+        "On the cells that both have. p is two-sided; Holm's allows for how many comparisons the table makes.",
     )
 
 

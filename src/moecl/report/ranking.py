@@ -51,7 +51,7 @@ class Standing:
         return float(np.std(known, ddof=1)) if len(known) == len(seeds) > 1 else None
 
     def interval(self) -> tuple[float, float] | None:
-        """Bootstrap 95% interval over test rows; None where a cell has no items."""
+        """Bootstrap 95% interval over test rows; None where a cell has no items or other tasks than the rest."""
         cells = items(list(self.results.values()))
         return stats.interval(stats.bootstrap(cells)) if cells else None
 
@@ -61,7 +61,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far one method is ahead of another; `sure` is None where a cell has no items."""
+    """How far one method is ahead of another; `sure` is None where a cell has no items or other tasks than the rest."""
 
     other: Standing
     cells: int
@@ -83,9 +83,10 @@ def mean(values: Sequence[float | None]) -> float | None:
 
 
 def items(results: Sequence[Result]) -> list[Mapping[str, Items]] | None:
-    """Each result's test items, where all have them for all their tasks."""
-    complete = all(result.items.keys() == set(result.tasks) and result.tasks for result in results)
-    return [result.items for result in results] if complete and results else None
+    """Each result's test items, where all have them, for the same tasks."""
+    tasks = {frozenset(result.tasks) for result in results}
+    complete = all(result.items.keys() == set(result.tasks) for result in results)
+    return [result.items for result in results] if complete and len(tasks) == 1 and frozenset() not in tasks else None
 
 
 def standings(bench: Bench) -> list[Standing]:

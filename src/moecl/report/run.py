@@ -31,12 +31,12 @@ MEANING = {
 }
 
 
-def sections(run: Run, title: str) -> list[Section]:
-    """All that is known of a run, under one title where it has one."""
-    result, level = run.result, 3 if title else 2
+def sections(run: Run, title: str) -> tuple[list[Section], Table]:
+    """All that is known of a run, under one title where it has one; and the table that says the most."""
+    result, level, tasks = run.result, 3 if title else 2, by_task(run)
     parts: dict[str, list[Block]] = {
         "Scores": [*_scores(result)],
-        "Each task's score": [by_task(run)] if result.tasks else [],
+        "Each task's score": [tasks] if result.tasks else [],
         "Recall by class": [*_recall(result)],
         "Training": [*_training(result)],
         "Inside the model": [*_inside(result)],
@@ -46,7 +46,7 @@ def sections(run: Run, title: str) -> list[Section]:
     shown = [Section(name, blocks, level, folded=_long(blocks)) for name, blocks in parts.items() if blocks]
     last = [*_environment(result)]
     hashes = [Section("Environment and hashes", last, level, folded=True)] if last else []
-    return [Section(title, list(_first(result))), *shown, *hashes]
+    return [Section(title, list(_first(result))), *shown, *hashes], tasks
 
 
 def _long(blocks: Sequence[Block]) -> bool:
