@@ -15,6 +15,7 @@ from moecl.report.read import read
 from moecl.results import Items, Result
 from report_data import ENVIRONMENT, METHODS, ORDERS, TASKS, result, write_bench, write_run
 
+SCORES = "R: score on each task (column) after each task learned (row)"
 VOID = {"meta", "br", "img", "link", "input", "hr", "path", "use", "image"}
 
 
@@ -84,7 +85,7 @@ def test_a_run_has_the_numbers_of_its_result(tmp_path):
     written = make([write_run(tmp_path / "run", loss=0.05, learned=True)])
     assert (written.html, written.markdown) == (tmp_path / "run" / "report.html", tmp_path / "run" / "report.md")
     found, kept = page(written), Result.load(tmp_path / "run" / "result.json")
-    table = found.tables["R: score on each task (column) after each task learned (row)"]
+    table = found.tables[SCORES]
     assert table == [["after", *TASKS]] + [
         [name, *(f"{value:.3f}" for value in row)] for name, row in zip(["(before any)", *TASKS], kept.R, strict=True)
     ]
@@ -98,7 +99,7 @@ def test_a_run_has_the_numbers_of_its_result(tmp_path):
     assert ["amazon 0", f"{kept.details['amazon']['per_class_recall']['amazon 0']:.3f}"] in [
         row[1:] for rows in found.tables.values() for row in rows
     ]
-    drift = dict(found.tables["Drift at the end"][1:])
+    drift = dict(found.tables["At the end: mean absolute change of log shares"][1:])
     assert drift["dbpedia"] == "0.150"
     for title in ("Training", "Inside the model", "Drift of old tasks", "Rows", "Environment and hashes"):
         assert title in found.said
@@ -118,7 +119,7 @@ def test_what_is_not_known_is_left_out_or_said(tmp_path):
     bare.save(tmp_path / "bare" / "result.json")
     found = page(make([tmp_path / "bare"]))
     assert "forward transfer (FWT) not measured" in found.said
-    assert found.tables["R: score on each task (column) after each task learned (row)"][1:] == [
+    assert found.tables[SCORES][1:] == [
         ["(before any)", "not measured", "not measured"], ["a", "0.500", "not measured"], ["b", "0.250", "0.000"],
     ]  # fmt: skip
     for title in ("Recall", "Training", "Inside", "Drift", "Rows", "Environment", "macro-F1"):
@@ -130,7 +131,7 @@ def test_what_is_not_known_is_left_out_or_said(tmp_path):
 
 def test_joint_training_has_one_row(tmp_path):
     found = page(make([write_run(tmp_path / "run", method="joint", bound=True)]))
-    rows = found.tables["R: score on each task (column) after each task learned (row)"]
+    rows = found.tables[SCORES]
     assert rows[1] == ["(before any)", *["not measured"] * 4]
     assert "backward transfer (BWT) not measured" in found.said
     assert "not measured" not in rows[-1]
@@ -286,7 +287,7 @@ def test_what_comes_from_data_stays_text(tmp_path):
     found = page(written)
     assert {tag for tag, _ in found.found} & {"script", "b", "i"} == set()
     assert not [name for _, attributes in found.found for name in attributes if name.startswith("on")]
-    assert found.tables["R: score on each task (column) after each task learned (row)"][0][1:] == list(tasks)
+    assert found.tables[SCORES][0][1:] == list(tasks)
     text = written.markdown.read_text()
     assert not re.search(r"(?<!\\)<", text)
     assert "\\|\\`" in text
@@ -294,10 +295,13 @@ def test_what_comes_from_data_stays_text(tmp_path):
 
 def test_many_tasks_stay_small(tmp_path):
     few = make([write_run(tmp_path / "few", tasks=[f"task{n}" for n in range(25)])])
-    assert "R: score on each task (column) after each task learned (row)" in page(few).tables
+    assert page(few).tables[SCORES][0] == [
+        "after",
+        *map(str, range(1, 26)),
+    ]
     written = make([write_run(tmp_path / "many", tasks=[f"task{n}" for n in range(200)])])
     found = page(written)
-    assert "R: score on each task (column) after each task learned (row)" not in found.tables
+    assert SCORES not in found.tables
     assert len(written.html.read_text()) < 1_000_000
     assert [tag for tag, _ in found.found].count("details") >= 5
 

@@ -161,8 +161,13 @@ def by_order(bench: Bench, found: Sequence[Standing]) -> Table:
         "Average accuracy after the last task, by order (mean ± SD over seeds)",
         ["method", "all orders", "95% interval", "SD over seeds", *orders, "cells"],
         rows,
-        f"{ABOUT} Methods in grey are not rehearsal-free: {listed([f'{m} {how}' for m, how in KEEPS_DATA.items()])}.",
+        " ".join([ABOUT, *_grey(found)]),
     )
+
+
+def _grey(found: Sequence[Standing]) -> list[str]:
+    keep = [f"{one.label} {KEEPS_DATA[one.method]}" for one in found if not one.rehearsal_free]
+    return [f"In grey, as not rehearsal-free: {listed(keep)}."] if keep else []
 
 
 def _mean_sd(one: Standing | None) -> str:

@@ -17,6 +17,7 @@ from moecl.results import Items, Result, SplitInfo
 MOST_WITH_NUMBERS = 25  # tasks, above which R is an image
 MOST_CLASSES = 12  # of a task, above which only the hardest are listed
 HARDEST = 5
+MOST_LETTERS = 60  # of tasks' names together, above which columns have numbers
 MOST_BESIDE = 5  # tasks, above which R needs the width of the page
 MOST_OPEN = 30  # rows of a table, above which its section is opened by who wants it
 
@@ -83,14 +84,22 @@ def _scores(result: Result) -> Iterator[Block]:
         yield over_time
 
 
+def _names(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of columns and of rows: where the columns' would be too wide they are numbers, which the rows have too."""
+    if sum(map(len, tasks)) <= MOST_LETTERS:
+        return list(tasks), list(tasks)
+    return [str(number) for number in range(1, len(tasks) + 1)], [f"{n} {task}" for n, task in enumerate(tasks, 1)]
+
+
 def _heat(result: Result) -> Table:
+    columns, names = _names(result.tasks)
     rows: list[list[str | Cell]] = []
     for after, row in enumerate(result.R):
-        name = result.tasks[after - 1] if after else "(before any)"
+        name = names[after - 1] if after else "(before any)"
         rows.append([name, *(_heat_cell(value, after == place + 1) for place, value in enumerate(row))])
     return Table(
         "R: score on each task (column) after each task learned (row)",
-        ["after", *result.tasks],
+        ["after", *columns],
         rows,
         "Framed (bold in Markdown): the task just learned. Hatched: not measured.",
         beside=len(result.tasks) <= MOST_BESIDE,
@@ -120,7 +129,7 @@ def _over_time(result: Result) -> Figure | None:
     last = "; ".join(f"{task} ends at {ys[-1]:.3f}" for task, (_, ys) in series.items()) if not many else ""
     return Figure(
         plots.lines("over time", f"Line chart of scores over time. {last}", series, "after learning", "score",
-                    ["none", *result.tasks]),
+                    ["none", *_names(result.tasks)[0]]),
         "Each task's score as further tasks are learned" + (": the mean over tasks, and their range." if many else "."),
     )  # fmt: skip
 
@@ -281,12 +290,12 @@ def _drift(result: Result) -> Iterator[Block]:
     told = "; ".join(f"{task} {value:.3f}" for task, value in [*ends.items()][: plots.MOST_LINES])
     yield Figure(
         plots.lines("drift", f"Line chart of drift. At the end: {told}", series, "after learning", "mean change",
-                    ["none", *result.tasks]),
+                    ["none", *_names(result.tasks)[0]]),
         "How far the labels' log shares have moved since a task was learned, mean over test rows.",
     )  # fmt: skip
     yield Table(
-        "Drift at the end",
-        ["task", "mean absolute change of log share"],
+        "At the end: mean absolute change of log shares",
+        ["task", "drift"],
         [[task, score(value)] for task, value in ends.items()],
     )
 
