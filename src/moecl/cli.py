@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.main import get_command
 
 from moecl import cli_bench, cli_compare, cli_review
-from moecl._sizes import parse_size
+from moecl._sizes import parse_size, size
 from moecl.errors import AssetError, ConfigError, RunError, near
 from moecl.terminal import Command, CommandWithKeys, explain, quietly
 
@@ -383,7 +383,6 @@ def cache_list(as_json: AsJson = False) -> None:
     """
     from moecl.data import derived
     from moecl.data.assets import cache_dir, cached
-    from moecl.show import size
 
     found = [(it.name, it.path, it.bytes, f"{it.when.astimezone():%Y-%m-%d %H:%M}") for it in cached()]
     for kind in derived.KINDS:
@@ -418,6 +417,25 @@ def cache_clear(
         if kind in wanted:
             derived.clear(kind)
     err.print(f"cleared {', '.join(names) if names else 'all'} in {cache_dir()}", highlight=False, soft_wrap=True)
+
+
+@app.command(
+    cls=Command, epilog="moecl report runs/mine\nmoecl report out/bench\nmoecl report runs/a runs/b -o ab.html"
+)
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders, or what `moecl bench` wrote.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The page; default report.html in DIR, for several here."),
+    ] = None,
+) -> None:
+    """Show runs and benches on one HTML page that opens offline.
+
+    The same is written as Markdown beside it. Benches of the same base and tasks are taken as one.
+    """
+    from moecl.cli_report import report as write_report
+
+    write_report(folders, output, out)
 
 
 @app.command(cls=Command, epilog="moecl methods\nmoecl methods --json")

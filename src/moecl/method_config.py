@@ -2,7 +2,7 @@
 
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -14,6 +14,9 @@ ENTRY_POINTS = "moecl.methods"
 
 class MethodConfig(Settings):
     """What the settings of all methods have in common."""
+
+    keeps_rows: ClassVar[str] = ""  # how it comes to rows of earlier tasks, in words; nothing: it is rehearsal-free
+    learns_together: ClassVar[bool] = False  # whether it learns all tasks of a stream at once, at its end
 
     name: str = Field(description="the method's name in the registry")
     adapt_layers: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
@@ -86,12 +89,15 @@ class SequentialFullConfig(MethodConfig):
 class JointConfig(LoRAConfig):
     """One LoRA, trained on all tasks' rows at once: the upper bound, not a continual method."""
 
+    keeps_rows: ClassVar[str] = "sees all tasks' data at once"
+    learns_together: ClassVar[bool] = True
     name: Literal["joint"] = Field(default="joint", description="the method's name in the registry")
 
 
 class ReplayConfig(LoRAConfig):
     """One LoRA, trained on each task's rows and on some that were kept of earlier tasks."""
 
+    keeps_rows: ClassVar[str] = "keeps rows of old tasks"
     name: Literal["replay"] = Field(default="replay", description="the method's name in the registry")
     share: float = Field(default=0.05, gt=0, le=1, description="share of each task's training rows that is kept")
 

@@ -97,14 +97,14 @@ class Session:
 
     def _check_rows(self) -> None:
         """Raises where rows of several tasks would meet in a batch, or be missing in it, that must not."""
-        name, method = self.config.method.name, self.method
+        method = self.config.method
         if method.keeps_rows and any(course.task.head == "classifier" for course in self.courses):
             raise ConfigError(
-                f"method: {name} trains on rows of several tasks at once, which need a head in common; set head: lm"
+                f"method: {method.name} trains on rows of several tasks at once, which need one head; set head: lm"
             )
         if method.learns_together and len({course.data is None for course in self.courses}) > 1:
             raise RunError(
-                f"{self.folder.path}: {name} learns all tasks at once; run the stream again in another folder (-o)"
+                f"{self.folder.path}: {method.name} learns all tasks at once; run the stream again elsewhere (-o)"
             )
 
     def _read_again(self, config: TaskConfig, task: Task, name: str, what: str) -> Scored | None:
@@ -207,7 +207,7 @@ class Session:
 
     def _due(self, number: int) -> list[Course]:
         """The tasks to learn as the `number`-th: that one; where all are learned together, all of them as the last."""
-        if self.method.learns_together:
+        if self.config.method.learns_together:
             return self.courses if number == len(self.courses) else []
         return self.courses[number - 1 : number] if number else []
 
@@ -264,7 +264,7 @@ class Session:
     def _evaluate_row(self, number: int) -> None:
         """Row `number` of R: every task that is asked for, after `number` tasks were learned."""
         wanted = [course for place, course in enumerate(self.courses) if asked_for(self.config, number, place)]
-        if self.method.learns_together and 0 < number < len(self.courses):
+        if self.config.method.learns_together and 0 < number < len(self.courses):
             wanted = []  # nothing is learned yet
         row: dict[str, float | None] = {}
         for done, course in enumerate(wanted):
@@ -281,7 +281,7 @@ class Session:
 
     def _look_ahead(self, newest: Course) -> None:
         """The cells of a task that came after the run had ended: before any task, and just before it is learned."""
-        if self.config.evaluate == "seen" or newest.name in self.model.bank or self.method.learns_together:
+        if self.config.evaluate == "seen" or newest.name in self.model.bank or self.config.method.learns_together:
             return
         for number, method in ((0, attach_method(self.model, self.config)), (len(self.courses) - 1, self.method)):
             if self.progress.R[number][-1] is None:

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moecl._sizes import duration as duration  # for who shows more
+from moecl._sizes import size as size
 from moecl.results import Result
 
 METRICS = {
@@ -164,28 +166,3 @@ def say(console: Console, line: str) -> None:
 
 def show_score(score: float | None) -> str:
     return "-" if score is None else f"{score:.3f}"
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(4.4), duration(372), duration(7500)
-    ('4 s', '6 min 12 s', '2 h 5 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def size(count: float) -> str:
-    """
-    >>> size(812), size(10_240), size(542_000_000), size(1.3e9)
-    ('812 B', '10 kB', '542 MB', '1.3 GB')
-    """
-    if count < 1000:
-        return f"{count:.0f} B"
-    for unit in ("kB", "MB"):
-        count /= 1000
-        if count < 999.5:
-            return f"{count:.1f} {unit}" if count < 9.95 else f"{count:.0f} {unit}"
-    return f"{count / 1000:.1f} GB"

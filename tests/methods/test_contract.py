@@ -86,7 +86,7 @@ def keeps(run: Run) -> bool:
 def test_it_learns(run):
     """What it answers changes, and is measured where the protocol says so."""
     R = run.result.R
-    together = method_of(run).learns_together
+    together = method_of(run).config_type.learns_together
     assert [row == [None] * 3 for row in R] == [False, together, together, False]
     assert R[-1] != R[0]
     assert (run.result.metrics["bwt"] is None) == together
@@ -168,7 +168,7 @@ def test_a_run_goes_on_with_a_new_task(run, tmp_path, tiny_folder):
     added = task(tmp_path / "copy", "task3", 3)
     (tmp_path / "copy" / "task.yaml").write_text(yaml.safe_dump(added))
     new = load_task(tmp_path / "copy" / "task.yaml")
-    if method_of(run).learns_together:
+    if method_of(run).config_type.learns_together:
         with pytest.raises(RunError, match="all tasks at once"):
             learn_more(tmp_path / "copy" / "run", new)
     else:
@@ -177,14 +177,14 @@ def test_a_run_goes_on_with_a_new_task(run, tmp_path, tiny_folder):
         assert None not in result.R[4]
 
 
-@pytest.mark.parametrize("name", [name for name, method in REGISTRY.items() if method.keeps_rows])
+@pytest.mark.parametrize("name", [name for name, method in REGISTRY.items() if method.config_type.keeps_rows])
 def test_rows_of_several_tasks_need_a_head_in_common(name, tmp_path, tiny_folder):
     config = stream(tmp_path, tiny_folder, method={"name": name}, head="classifier")
-    with pytest.raises(ConfigError, match=f"method: {name} trains on rows of several tasks.*set head: lm"):
+    with pytest.raises(ConfigError, match=f"method: {name} trains on rows of several tasks at once.*set head: lm"):
         learn(config, tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", [name for name, method in REGISTRY.items() if not method.keeps_rows])
+@pytest.mark.parametrize("name", [name for name, method in REGISTRY.items() if not method.config_type.keeps_rows])
 def test_heads_of_their_own(name, tmp_path, tiny_folder):
     config = stream(tmp_path, tiny_folder, method={"name": name}, head="classifier", train={"epochs": 1})
     result = learn(config, tmp_path / "run")

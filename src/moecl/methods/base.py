@@ -42,8 +42,6 @@ class Method(ABC):
     trains: ClassVar[str]  # in words, for `moecl methods`
     stores: ClassVar[str]
     needs_task: ClassVar[bool]  # whether an answer depends on which task is asked
-    keeps_rows: ClassVar[bool] = False  # whether it trains on rows of earlier tasks
-    learns_together: ClassVar[bool] = False  # whether it learns all tasks of a stream at once, at its end
     reads_features: bool = False  # whether `penalty` needs the pooled output of what all tasks share
     config: MethodConfig
     state: nn.Module
@@ -122,7 +120,7 @@ def describe(method: type[Method]) -> dict[str, str]:
     """A method in words: name, summary, trains, stores, needs."""
     summary = (inspect.getdoc(method.config_type) or method.name).splitlines()[0]
     needs = "the task's name" if method.needs_task else "nothing"
-    rows = ", rows of earlier tasks" if method.keeps_rows else ""
+    rows = ", rows of earlier tasks" if method.config_type.keeps_rows else ""
     return {
         "name": method.name,
         "summary": summary,

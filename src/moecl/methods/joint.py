@@ -14,5 +14,4 @@ from moecl.methods.one_lora import LoRAMethod
 class Joint(LoRAMethod):
     name, config_type = "joint", JointConfig
     trains, stores, needs_task = "one LoRA, on all tasks at once", "one LoRA for all tasks", False
-    keeps_rows, learns_together = True, True
     shared: ClassVar[bool] = True

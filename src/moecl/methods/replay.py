@@ -24,7 +24,6 @@ from moecl.nn.lora import Geometry
 class Replay(LoRAMethod):
     name, config_type = "replay", ReplayConfig
     trains, stores, needs_task = "one LoRA", "one LoRA for all tasks, rows of each", False
-    keeps_rows = True
     shared: ClassVar[bool] = True
     config: ReplayConfig
 

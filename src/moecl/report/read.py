@@ -1,0 +1,188 @@
+"""What a report is made of: run folders and bench folders, as they lie on disk."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moecl._yaml import dotted
+from moecl.errors import RunError
+from moecl.results import Result
+
+BENCH, RESULT, SCHEMA = "bench.json", "result.json", 1
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Test rows that were right when the task was learned and are now wrong, and the other way round."""
+
+    lost: int
+    won: int
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    result: Result
+    moved: Mapping[str, Moved] = field(default_factory=dict)  # task -> rows, where both were written down
+
+
+class _Open(BaseModel):
+    """A bench may say more than a report needs."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Trial(_Open):
+    settings: dict[str, Any] = Field(default_factory=dict)
+    score: float | None = None
+
+
+class Tuned(_Open):
+    trials: list[Trial]
+    chosen: dict[str, Any] = Field(default_factory=dict)
+
+
+class MethodOfBench(_Open):
+    method: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    tuned: Tuned | None = None
+
+
+class CellOfBench(_Open):
+    id: str
+    method: str
+    order: str
+    seed: int
+    status: Literal["done", "failed", "waiting", "running"]
+    reason: str | None = None
+
+
+class Bench(_Open):
+    """bench.json, and the results of its finished cells by id."""
+
+    name: str | None = None
+    base: str
+    orders: dict[str, list[str]]
+    seeds: list[int] = Field(default_factory=list)
+    methods: dict[str, MethodOfBench]
+    protocol: dict[str, Any] = Field(default_factory=dict)
+    cells: list[CellOfBench]
+    results: dict[str, Result] = Field(default_factory=dict)
+
+    def tasks(self) -> list[str]:
+        return list(next(iter(self.orders.values()), []))
+
+
+def read(folder: Path) -> Run | Bench:
+    """A run or a bench, whichever the folder holds.
+
+    Raises:
+        RunError: neither, or a file in it is missing or damaged.
+    """
+    if (folder / BENCH).is_file():
+        return _read_bench(folder)
+    if (folder / RESULT).is_file():
+        result = Result.load(folder / RESULT)
+        moved = {task: found for task in result.tasks if (found := _moved(folder / "predictions", task)) is not None}
+        return Run(folder.resolve().name, result, moved)
+    if (folder / "config.yaml").is_file():
+        raise RunError(f"{folder}: the run is not finished; the command that started it goes on")
+    raise RunError(
+        f"{folder}: neither a run folder (no {RESULT}) nor a bench's (no {BENCH}); "
+        "give what `moecl train` or `moecl bench` wrote"
+    )
+
+
+def _moved(folder: Path, task: str) -> Moved | None:
+    learned, last = folder / f"{task}.learned.jsonl", folder / f"{task}.test.jsonl"
+    if not (learned.is_file() and last.is_file()):
+        return None
+    before, now = _right(learned), _right(last)
+    if len(before) != len(now):
+        return None  # the task's rows were replaced since
+    pairs = list(zip(before, now, strict=True))
+    return Moved(lost=pairs.count((True, False)), won=pairs.count((False, True)))
+
+
+def _right(path: Path) -> list[bool]:
+    """Whether each row of a file of predictions was answered right."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            found.append(row["label"].strip() == row["answer"].strip())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise RunError(f"{path}:{number}: is no prediction; restore the file, or remove it") from None
+    return found
+
+
+def _read_bench(folder: Path) -> Bench:
+    path = folder / BENCH
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({error}); restore it, or run the bench again") from None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise RunError(f"{path}: schema: is not {SCHEMA}, which this moecl reads; upgrade moecl or run the bench again")
+    try:
+        bench = Bench.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ": ".join(part for part in (str(path), dotted(first["loc"]), first["msg"]) if part)
+        raise RunError(f"{place}; the file was altered, run the bench again or restore it") from None
+    if strange := [c for c in bench.cells if c.method not in bench.methods or c.order not in bench.orders]:
+        raise RunError(f"{path}: cells: {strange[0].id} is of no method and order of the bench; restore the file")
+    results, cells = {}, []
+    for cell in bench.cells:
+        file = folder / "cells" / cell.id / RESULT
+        if cell.status == "done" and not file.is_file():
+            cell = cell.model_copy(update={"status": "waiting", "reason": f"its {RESULT} is missing"})
+        if cell.status == "done":
+            results[cell.id] = Result.load(file)
+        cells.append(cell)
+    return bench.model_copy(update={"cells": cells, "results": results})
+
+
+def merged(benches: Sequence[Bench]) -> list[Bench]:
+    """Benches of the same base and tasks as one; others stay as they are, all in the order of their first."""
+    groups: dict[tuple[str, frozenset[str]], list[Bench]] = {}
+    for bench in benches:
+        groups.setdefault((bench.base, frozenset(bench.tasks())), []).append(bench)
+    return [_merge(group) if len(group) > 1 else group[0] for group in groups.values()]
+
+
+def _merge(benches: Sequence[Bench]) -> Bench:
+    """All cells once: of those with the same id the first that is done."""
+    orders: dict[str, list[str]] = {}
+    methods: dict[str, MethodOfBench] = {}
+    protocol: dict[str, Any] = {}
+    for bench in benches:
+        _add(orders, bench.orders, "order")
+        _add(methods, bench.methods, "method")
+        protocol = {**bench.protocol, **protocol}
+    results = {id: result for bench in reversed(benches) for id, result in bench.results.items()}
+    cells = {cell.id: cell for bench in reversed(benches) for cell in bench.cells if cell.id not in results}
+    done = {cell.id: cell for bench in reversed(benches) for cell in bench.cells if cell.status == "done"}
+    ids = list(dict.fromkeys(cell.id for bench in benches for cell in bench.cells))
+    return Bench(
+        name=" + ".join(dict.fromkeys(bench.name for bench in benches if bench.name)) or None,
+        base=benches[0].base,
+        orders=orders,
+        seeds=sorted({seed for bench in benches for seed in bench.seeds}),
+        methods=methods,
+        protocol=protocol,
+        cells=[(cells | done)[id] for id in ids],
+        results=results,
+    )
+
+
+def _add(found: dict[str, Any], more: Mapping[str, Any], what: str) -> None:
+    for name, value in more.items():
+        if found.setdefault(name, value) != value:
+            raise RunError(
+                f"{what} {name} is not the same in the benches; give it another name in one, or report apart"
+            )
