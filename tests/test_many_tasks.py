@@ -20,10 +20,12 @@ from tiny_stream import task
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory, tiny_folder) -> Path:
-    """A finished run of one task without test rows."""
+    """A finished run of one task without rows that score it."""
     folder = tmp_path_factory.mktemp("one")
     config = stream(folder, tiny_folder, tasks=1, rows=8, train={**QUICK, "evals_per_epoch": 0, "precision": "fp32"})
-    config = config.model_copy(update={"tasks": [config.tasks[0].model_copy(update={"test": None})]})
+    config = config.model_copy(
+        update={"tasks": [config.tasks[0].model_copy(update={"test": None, "validation": None})]}
+    )
     ContinualTrainer(config, folder / "run").run()
     return folder / "run"
 

@@ -218,7 +218,7 @@ def test_rows_of_the_score_matrix_do_not_move_with_what_is_cached(tmp_path, thre
     train = {"precision": "fp32", "epochs": 1, "evals_per_epoch": 0}
     labels = {"good": "s", "bad": "t"}  # a token each
     config = stream(tmp_path / "stream", three_layers, method=method, train=train, evaluate="seen")
-    tasks = [one.model_copy(update={"labels": labels}) for one in config.tasks]
+    tasks = [one.model_copy(update={"labels": labels, "validation": None}) for one in config.tasks]
     learn(config.model_copy(update={"tasks": tasks}), tmp_path / "run", Losing(tmp_path / "run"))
     assert lost == [0, 1, 2]
     of_the_first = [found for found in probabilities if found[0].task == "task0"]
