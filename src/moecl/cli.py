@@ -440,10 +440,9 @@ def report(
 
 @app.command(cls=Command, epilog="moecl methods\nmoecl methods --json")
 def methods(as_json: AsJson = False) -> None:
-    """List the methods a stream can name: what each trains, stores, and needs to answer. Plug-ins are among them."""
-    from moecl.methods import all_methods
-    from moecl.methods.base import describe
+    """List the methods: what each trains, stores, needs."""
+    from moecl.method_config import describe, method_names
     from moecl.show import show_methods
 
-    found = [describe(method) for method in all_methods()]
+    found = [describe(name) for name in method_names()]
     print(json.dumps(found, ensure_ascii=False)) if as_json else show_methods(out, found)

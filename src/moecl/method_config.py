@@ -1,5 +1,6 @@
 """Settings of the methods, by their names in the registry. Plug-ins bring their own: entry points `moecl.methods`."""
 
+import inspect
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -17,6 +18,9 @@ class MethodConfig(Settings):
 
     keeps_rows: ClassVar[str] = ""  # how it comes to rows of earlier tasks, in words; nothing: it is rehearsal-free
     learns_together: ClassVar[bool] = False  # whether it learns all tasks of a stream at once, at its end
+    trains: ClassVar[str] = ""  # in words, for `moecl methods`
+    stores: ClassVar[str] = ""
+    needs_task: ClassVar[bool] = False  # whether an answer depends on which task is asked
 
     name: str = Field(description="the method's name in the registry")
     adapt_layers: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
@@ -31,6 +35,10 @@ class MethodConfig(Settings):
 
 class MoECLConfig(MethodConfig):
     """MoE-CL, arXiv 2509.18133."""
+
+    trains: ClassVar[str] = "a shared and a task expert, gate, discriminator"
+    stores: ClassVar[str] = "each task's experts and gate"
+    needs_task: ClassVar[bool] = True
 
     name: Literal["moe-cl"] = Field(default="moe-cl", description="the method's name in the registry")
     rank: int = Field(default=8, ge=1, description="rank r of each LoRA pair")
@@ -71,17 +79,27 @@ class LoRAConfig(MethodConfig):
 class PerTaskLoRAConfig(LoRAConfig):
     """A LoRA of its own for each task, and nothing in common."""
 
+    trains: ClassVar[str] = "a LoRA a task"
+    stores: ClassVar[str] = "each task's LoRA"
+    needs_task: ClassVar[bool] = True
+
     name: Literal["per-task-lora"] = Field(default="per-task-lora", description="the method's name in the registry")
 
 
 class SequentialLoRAConfig(LoRAConfig):
     """One LoRA, trained on task after task (the paper's FT-P)."""
 
+    trains: ClassVar[str] = "one LoRA"
+    stores: ClassVar[str] = "one LoRA for all tasks"
+
     name: Literal["sequential-lora"] = Field(default="sequential-lora", description="the method's name in the registry")
 
 
 class SequentialFullConfig(MethodConfig):
     """The FFNs themselves, trained on task after task (the paper's FT-F)."""
+
+    trains: ClassVar[str] = "the adapted FFNs"
+    stores: ClassVar[str] = "one set of their weights for all tasks"
 
     name: Literal["sequential-full"] = Field(default="sequential-full", description="the method's name in the registry")
 
@@ -91,6 +109,9 @@ class JointConfig(LoRAConfig):
 
     keeps_rows: ClassVar[str] = "sees all tasks' data at once"
     learns_together: ClassVar[bool] = True
+    trains: ClassVar[str] = "one LoRA, on all tasks at once"
+    stores: ClassVar[str] = "one LoRA for all tasks"
+
     name: Literal["joint"] = Field(default="joint", description="the method's name in the registry")
 
 
@@ -98,12 +119,18 @@ class ReplayConfig(LoRAConfig):
     """One LoRA, trained on each task's rows and on some that were kept of earlier tasks."""
 
     keeps_rows: ClassVar[str] = "keeps rows of old tasks"
+    trains: ClassVar[str] = "one LoRA"
+    stores: ClassVar[str] = "one LoRA for all tasks, rows of each"
+
     name: Literal["replay"] = Field(default="replay", description="the method's name in the registry")
     share: float = Field(default=0.05, gt=0, le=1, description="share of each task's training rows that is kept")
 
 
 class EWCConfig(LoRAConfig):
     """Online elastic weight consolidation of one LoRA, arXiv 1612.00796 and 1805.06370."""
+
+    trains: ClassVar[str] = "one LoRA"
+    stores: ClassVar[str] = "one LoRA for all tasks"
 
     name: Literal["ewc"] = Field(default="ewc", description="the method's name in the registry")
     strength: float = Field(default=1000.0, ge=0, description="weight of the penalty, lambda")
@@ -114,12 +141,18 @@ class EWCConfig(LoRAConfig):
 class OLoRAConfig(LoRAConfig):
     """O-LoRA, arXiv 2310.14152: each task's LoRA is orthogonal to the earlier ones; all are added up."""
 
+    trains: ClassVar[str] = "a LoRA a task"
+    stores: ClassVar[str] = "the sum of all tasks' LoRAs"
+
     name: Literal["o-lora"] = Field(default="o-lora", description="the method's name in the registry")
     orthogonality: float = Field(default=0.5, ge=0, description="weight of the overlap with earlier tasks, lambda_1")
 
 
 class NLoRAConfig(LoRAConfig):
     """N-LoRA, arXiv 2410.10179: each task's LoRA is sparse, so that tasks collide less; all are added up."""
+
+    trains: ClassVar[str] = "a LoRA a task"
+    stores: ClassVar[str] = "the sum of all tasks' LoRAs"
 
     name: Literal["n-lora"] = Field(default="n-lora", description="the method's name in the registry")
     sparsity: float = Field(default=0.4, ge=0, description="weight of the l1 norm of a task's LoRA, lambda")
@@ -128,11 +161,18 @@ class NLoRAConfig(LoRAConfig):
 class MoCLConfig(LoRAConfig):
     """MoCL, arXiv 2404.00790: LoRAs of all tasks so far, weighed by how near a text is to their keys."""
 
+    trains: ClassVar[str] = "a LoRA and a key a task"
+    stores: ClassVar[str] = "each task's LoRA and key"
+    needs_task: ClassVar[bool] = True
+
     name: Literal["mocl"] = Field(default="mocl", description="the method's name in the registry")
 
 
 class OSFTConfig(MethodConfig):
     """OSFT, arXiv 2504.07097: the FFNs' low singular directions are trained, the high ones kept (PEFT's OSF tuner)."""
+
+    trains: ClassVar[str] = "low directions of the adapted FFNs"
+    stores: ClassVar[str] = "one set of their weights for all tasks"
 
     name: Literal["osft"] = Field(default="osft", description="the method's name in the registry")
     preserved: float = Field(
@@ -181,3 +221,17 @@ def plugin(name: str) -> Any:
         raise ConfigError(
             f"method {name}: {point.value} cannot be loaded ({error}); repair or remove its package"
         ) from error
+
+
+def describe(name: str) -> dict[str, str]:
+    """A method in words: name, summary, what it trains and stores, what it needs. KeyError, ConfigError."""
+    config = method_settings(name)
+    needs = ["the task's name"] * config.needs_task + ["rows of other tasks"] * bool(config.keeps_rows)
+    summary = (inspect.getdoc(config) or name).splitlines()[0]
+    return {
+        "name": name,
+        "summary": summary,
+        "trains": config.trains,
+        "stores": config.stores,
+        "needs": ", ".join(needs) or "nothing",
+    }

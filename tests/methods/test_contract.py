@@ -12,8 +12,8 @@ import yaml
 
 from moecl.config import load_task
 from moecl.errors import ConfigError, RunError
+from moecl.method_config import describe
 from moecl.methods import REGISTRY, all_methods, find_method
-from moecl.methods.base import describe
 from moecl.model import MoECL
 from moecl.results import Result
 from moecl.store import Store
@@ -153,7 +153,7 @@ def test_the_same_seed_gives_the_same(run, tmp_path, request, tiny_folder):
 
 def test_it_says_what_it_is(run):
     method = method_of(run)
-    said = describe(method)
+    said = describe(method.name)
     assert all(said.values())
     assert said["name"] in {one.name for one in all_methods()}
     source = sys.modules[method.__module__].__doc__ or ""

@@ -13,6 +13,8 @@ from tiny_stream import write_stream
 PLUGIN = '''
 """Half a LoRA: sequential LoRA with another name and a setting of its own."""
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from moecl.method_config import LoRAConfig
@@ -22,13 +24,15 @@ from moecl.methods.one_lora import LoRAMethod
 class HalfConfig(LoRAConfig):
     """Half a LoRA."""
 
+    trains: ClassVar[str] = "half a LoRA"
+    stores: ClassVar[str] = "one"
+
     name: str = "half-lora"
     share: float = Field(default=0.5, gt=0, description="what is left of the LoRA's scale")
 
 
 class Half(LoRAMethod):
     name, config_type = "half-lora", HalfConfig
-    trains, stores, needs_task = "half a LoRA", "one", False
     shared = True
 
     @property

@@ -1,6 +1,5 @@
 """What a continual-learning method is to the rest: it makes a task's parts, says what it trains, and finishes them."""
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,9 +38,6 @@ class Method(ABC):
 
     name: ClassVar[str]
     config_type: ClassVar[type[MethodConfig]]
-    trains: ClassVar[str]  # in words, for `moecl methods`
-    stores: ClassVar[str]
-    needs_task: ClassVar[bool]  # whether an answer depends on which task is asked
     reads_features: bool = False  # whether `penalty` needs the pooled output of what all tasks share
     config: MethodConfig
     state: nn.Module
@@ -114,17 +110,3 @@ def fresh_head(method: Method, task: Task) -> nn.Linear | None:
     draw = seeded(method.seed, task.name, "head")
     device = next(method.base.base.parameters()).device
     return new_head(labels(task), method.geometry.hidden_size, draw).to(device) if labels(task) else None
-
-
-def describe(method: type[Method]) -> dict[str, str]:
-    """A method in words: name, summary, trains, stores, needs."""
-    summary = (inspect.getdoc(method.config_type) or method.name).splitlines()[0]
-    needs = "the task's name" if method.needs_task else "nothing"
-    rows = ", rows of earlier tasks" if method.config_type.keeps_rows else ""
-    return {
-        "name": method.name,
-        "summary": summary,
-        "trains": method.trains,
-        "stores": method.stores,
-        "needs": needs + rows,
-    }

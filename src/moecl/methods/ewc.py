@@ -26,7 +26,6 @@ from moecl.nn.lora import Geometry
 
 class EWC(LoRAMethod):
     name, config_type = "ewc", EWCConfig
-    trains, stores, needs_task = "one LoRA", "one LoRA for all tasks", False
     shared: ClassVar[bool] = True
     config: EWCConfig
 

@@ -13,5 +13,4 @@ from moecl.methods.one_lora import LoRAMethod
 
 class Joint(LoRAMethod):
     name, config_type = "joint", JointConfig
-    trains, stores, needs_task = "one LoRA, on all tasks at once", "one LoRA for all tasks", False
     shared: ClassVar[bool] = True

@@ -31,7 +31,6 @@ from moecl.nn.sums import Keys, Mix
 
 class MoCL(LoRAMethod):
     name, config_type = "mocl", MoCLConfig
-    trains, stores, needs_task = "a LoRA and a key a task", "each task's LoRA and key", True
     shared: ClassVar[bool] = False
 
     def __init__(self, config: Any, geometry: Geometry, seed: int, base: Injected | None = None) -> None:

@@ -27,7 +27,6 @@ from moecl.nn.lora import Geometry
 
 class MoECLMethod(Method):
     name, config_type = "moe-cl", MoECLConfig
-    trains, stores, needs_task = "a shared and a task expert, gate, discriminator", "each task's experts and gate", True
     config: MoECLConfig
     state: GatedLearner
 

@@ -20,7 +20,6 @@ from moecl.methods.added_lora import AddedLoRA
 
 class NLoRA(AddedLoRA):
     name, config_type = "n-lora", NLoRAConfig
-    trains, stores, needs_task = "a LoRA a task", "the sum of all tasks' LoRAs", False
     config: NLoRAConfig
 
     def penalty(self, features: Mapping[int, Tensor], step: int, query: Tensor | None = None) -> Tensor | None:

@@ -19,7 +19,6 @@ from moecl.methods.added_lora import AddedLoRA
 
 class OLoRA(AddedLoRA):
     name, config_type = "o-lora", OLoRAConfig
-    trains, stores, needs_task = "a LoRA a task", "the sum of all tasks' LoRAs", False
     config: OLoRAConfig
 
     def penalty(self, features: Mapping[int, Tensor], step: int, query: Tensor | None = None) -> Tensor | None:

@@ -13,5 +13,4 @@ from moecl.methods.one_lora import LoRAMethod
 
 class PerTaskLoRA(LoRAMethod):
     name, config_type = "per-task-lora", PerTaskLoRAConfig
-    trains, stores, needs_task = "a LoRA a task", "each task's LoRA", True
     shared: ClassVar[bool] = False

@@ -23,7 +23,6 @@ from moecl.nn.lora import Geometry
 
 class Replay(LoRAMethod):
     name, config_type = "replay", ReplayConfig
-    trains, stores, needs_task = "one LoRA", "one LoRA for all tasks, rows of each", False
     shared: ClassVar[bool] = True
     config: ReplayConfig
 

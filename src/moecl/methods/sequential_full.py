@@ -32,7 +32,6 @@ class WeightsState(nn.Module):
 
 class SequentialFull(Method):
     name, config_type = "sequential-full", SequentialFullConfig
-    trains, stores, needs_task = "the adapted FFNs", "one set of their weights for all tasks", False
     state: WeightsState
 
     def __init__(self, config: Any, geometry: Geometry, seed: int, base: Injected | None = None) -> None:

@@ -12,5 +12,4 @@ from moecl.methods.one_lora import LoRAMethod
 
 class SequentialLoRA(LoRAMethod):
     name, config_type = "sequential-lora", SequentialLoRAConfig
-    trains, stores, needs_task = "one LoRA", "one LoRA for all tasks", False
     shared: ClassVar[bool] = True
