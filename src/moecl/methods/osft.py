@@ -31,11 +31,6 @@ ADAPTER = "default"
 
 class OSFT(Method):
     name, config_type = "osft", OSFTConfig
-    trains, stores, needs_task = (
-        "low singular directions of the adapted FFNs",
-        "one set of weights for all tasks",
-        False,
-    )
     config: OSFTConfig
     state: nn.ModuleDict
 
