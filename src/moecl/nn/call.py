@@ -88,8 +88,10 @@ class Call:
         if key not in self.split:
             rows, own = self.spread(count), [None if p is None or not wanted(p) else p for p in self.parts]
             chosen = torch.tensor([p is not None for p in own], device=rows.device)[rows].nonzero()[:, 0]
-            mask = None if self.attention_mask is None else self.attention_mask[chosen]
-            query = None if self.query is None else self.query[chosen]
+            mask, query = (
+                None if found is None else found.repeat_interleave(count // len(found), dim=0)[chosen]
+                for found in (self.attention_mask, self.query)
+            )
             some = replace(
                 self,
                 parts=tuple(own),
