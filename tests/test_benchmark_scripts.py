@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("peft", reason="benchmarks need moecl[bench]")
+pytest.importorskip("peft", reason="benchmarks need moecl[bench,osft]")
 
 import floor
 import generate

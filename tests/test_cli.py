@@ -459,6 +459,10 @@ def test_what_the_cache_has_of_users_texts(moecl, tmp_path, monkeypatch):
 def test_methods(moecl):
     assert [one["name"] for one in json.loads(moecl("methods", "--json").out)] == list(METHODS)
     assert "per-task-lora" in moecl("methods").out
+    assert "method.fisher_rows" in moecl("methods", "ewc").out
+    done = moecl("methods", "ewk")
+    assert done.status == 2
+    assert "no method 'ewk' (did you mean 'ewc'?)" in done.err
 
 
 # Bad input

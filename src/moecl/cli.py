@@ -438,11 +438,22 @@ def report(
     write_report(folders, output, out)
 
 
-@app.command(cls=Command, epilog="moecl methods\nmoecl methods --json")
-def methods(as_json: AsJson = False) -> None:
+@app.command(cls=Command, epilog="moecl methods\nmoecl methods ewc\nmoecl methods --json")
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[METHOD]", help="Only this one, with its keys.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """List the methods: what each trains, stores, needs."""
     from moecl.method_config import describe, method_names
-    from moecl.show import show_methods
+    from moecl.show import show_method, show_methods
 
-    found = [describe(name) for name in method_names()]
-    print(json.dumps(found, ensure_ascii=False)) if as_json else show_methods(out, found)
+    known = method_names()
+    if name is not None and name not in known:
+        raise ConfigError(f"no method {name!r}{near(name, known)}; there are: {', '.join(known)}")
+    found = [describe(one) for one in (known if name is None else [name])]
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False))
+    elif name is None:
+        show_methods(out, found)
+    else:
+        show_method(out, found[0])

@@ -85,6 +85,21 @@ def show_methods(console: Console, rows: Sequence[Mapping[str, str]]) -> None:
     console.print(table)
 
 
+def show_method(console: Console, row: Mapping[str, str]) -> None:
+    """One method, with the keys of a stream file that are its own."""
+    from moecl.config import describe_settings
+
+    say(console, row["summary"])
+    for what in ("trains", "stores", "needs"):
+        say(console, f"{what:7} {row[what]}")
+    table = plain_table("key", "type", "default", "meaning")
+    for key, kind, default, text in describe_settings(row["name"]):
+        if key.startswith("method."):
+            table.add_row(key, kind, default, text)
+    console.print()
+    console.print(table)
+
+
 def show_scores(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     table = plain_table("task", "metric", score="right", rows="right", recall="left")
     for row in rows:
