@@ -153,7 +153,7 @@ class Bank(MutableMapping[str, Entry]):
         for parts in filter(None, (entry.held for entry in self._entries.values())):
             if isinstance(parts, Gated):
                 parts.packs.clear()
-            for module in parts.modules().values():
+            for module in parts.own_modules():
                 module._apply(fn)  # type: ignore[no-untyped-call]
         with self._lock:
             self._like = fn(self._like)

@@ -166,6 +166,7 @@ class MoCLConfig(LoRAConfig):
     needs_task: ClassVar[bool] = True
 
     name: Literal["mocl"] = Field(default="mocl", description="the method's name in the registry")
+    sharpness: float = Field(default=8.0, ge=0, description="how much a likelier LoRA outweighs the others")
 
 
 class OSFTConfig(MethodConfig):
@@ -176,7 +177,10 @@ class OSFTConfig(MethodConfig):
 
     name: Literal["osft"] = Field(default="osft", description="the method's name in the registry")
     preserved: float = Field(
-        default=0.5, gt=0, lt=1, description="share of the singular directions kept after the first task; it grows to 1"
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="share of the singular directions kept while the first task is learned; it grows to 1",
     )
 
 

@@ -231,6 +231,8 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         """Next-token loss at the answer positions; nothing else reaches the language-model head."""
         wanted = labels[:, 1:] != -100
         call.answers = F.pad(wanted, (0, 1))  # position t predicts token t + 1
+        if any(parts is not None and parts.reads_query for parts in call.parts) and call.attention_mask is not None:
+            call.attention_mask = call.attention_mask * (labels == -100)  # a text is weighed by what is asked
         with run_with(call):
             logits = self.base(**{**inputs, "use_cache": False}).logits
         loss = F.cross_entropy(logits.float(), labels[:, 1:][wanted])

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -308,14 +309,19 @@ def pass_steps(steps: int, epochs: int, an_epoch: int) -> list[int]:
     return sorted({max(1, round(steps * (number + 1) / count)) for number in range(count)}) if count else []
 
 
-def row_losses(learner: Learner, rows: Sequence[Encoded], pad_id: int, prefixes: Prefixes | None) -> Iterator[Tensor]:
-    """The task's loss on each row alone, without the method's penalty."""
+def row_losses(
+    learner: Learner, rows: Sequence[Encoded], pad_id: int, prefixes: Prefixes | None, seed: int
+) -> Iterator[Tensor]:
+    """The task's loss on each row alone, without the method's penalty; in an order that the seed draws."""
+    places = random.Random(seed).sample(range(len(rows)), len(rows))
     learner.eval()
-    with Feed(rows, [[place] for place in range(len(rows))], pad_id, prefixes) as feed:
-        for place in range(len(rows)):
-            batch = {name: tensor.to(learner.model.device) for name, tensor in feed[place].items()}
-            yield learner(**batch)["loss"]
-    learner.train()
+    try:
+        with Feed(rows, [[place] for place in places], pad_id, prefixes) as feed:
+            for number in range(len(rows)):
+                batch = {name: tensor.to(learner.model.device) for name, tensor in feed[number].items()}
+                yield learner(**batch)["loss"]
+    finally:
+        learner.train()
 
 
 def learn_task(
@@ -369,7 +375,7 @@ def learn_task(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         passes.restore_best()
         trainer.check()
-        method.learned(row_losses(learner, rows, pad_id, prefixes))
+        method.learned(row_losses(learner, rows, pad_id, prefixes, train.seed))
     trained = sum(p.numel() for group in method.groups().values() for p in group)
     figures = method.log() or trainer.figures
     return Learned(trainer.state.global_step, passes.best_step, passes.curve, figures, trained)

@@ -117,7 +117,7 @@ def test_which_methods_keep_old_tasks(run, request):
 
 
 def test_the_store_answers_as_the_run_did(run):
-    """Contract 6: what is loaded again scores the last row of R."""
+    """Contract 3, of what is loaded again: rows of all tasks in one batch answer as each alone."""
     model = MoECL.from_pretrained(run.folder / "run")
     assert list(model.bank) == NAMES
     with torch.no_grad():

@@ -36,7 +36,7 @@ def some_of_each(injected: Injected) -> dict[str, Parts]:
     return {
         "gated": random_parts(injected.geometry),
         "sum": Sum(expert(injected, 1), 2.0),
-        "mix": Mix((expert(injected, 2), expert(injected, 3, 2)), (Keys(keys),), 2.0),
+        "mix": Mix((expert(injected, 2), expert(injected, 3, 2)), (Keys(keys),), 2.0, 8.0),
         "weights": stirred(injected),
     }
 
@@ -82,7 +82,7 @@ def test_a_mix_weighs_loras_by_the_likeness_of_text_and_key(family):
     injected = Injected(tiny_model(family), "all")
     batch, loras = tiny_batch(), (expert(injected, 1), expert(injected, 2))
     keys = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(5))
-    got = logits(injected, Call((Mix(loras, (Keys(keys),), 2.0),)), batch)
+    got = logits(injected, Call((Mix(loras, (Keys(keys),), 2.0, 8.0),)), batch)
     seen: list[torch.Tensor] = []
     first = next(m for m in injected.base.get_decoder().modules() if isinstance(m, nn.ModuleList))[0]
     look = first.register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0]), with_kwargs=True)
@@ -90,9 +90,9 @@ def test_a_mix_weighs_loras_by_the_likeness_of_text_and_key(family):
     look.remove()
     for row, mask in enumerate(batch["attention_mask"].bool()):
         query = seen[0][row][mask].mean(dim=0)
-        cosines = [float(torch.cosine_similarity(query, key, dim=0)) for key in keys]
-        assert abs(cosines[0] - cosines[1]) > 1e-3
-        same = as_weights(injected, [(2.0 * w, lora) for w, lora in zip(cosines, loras, strict=True)])
+        weights = torch.softmax(8.0 * torch.stack([torch.cosine_similarity(query, key, dim=0) for key in keys]), dim=0)
+        assert abs(weights[0] - weights[1]) > 1e-3
+        same = as_weights(injected, [(2.0 * float(w), lora) for w, lora in zip(weights, loras, strict=True)])
         torch.testing.assert_close(got[row], logits(injected, Call((same,)), batch)[row], rtol=1e-5, atol=1e-5)
         assert not torch.allclose(got[row], base[row], atol=1e-3)
 
@@ -140,6 +140,6 @@ def test_parts_out_of_their_tensors_are_the_same():
     for name, parts in some_of_each(injected).items():
         modules = {part: from_tensors(injected.geometry, part, found) for part, found in to_tensors(parts).items()}
         assert parts.needs <= modules.keys()
-        again = FORMS[name].build(modules, {"scale": getattr(parts, "scale", 1.0)})
+        again = FORMS[name].build(modules, {"scale": getattr(parts, "scale", 1.0), "sharpness": 8.0})
         assert again.frozen
         assert torch.equal(logits(injected, Call((parts,)), batch), logits(injected, Call((again,)), batch))

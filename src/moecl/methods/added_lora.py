@@ -31,7 +31,7 @@ class AddedLoRA(LoRAMethod):
         self.past = merge(own)
         head = None if self.state.head is None else frozen_copy(self.state.head)
         self.state.head = None
-        return self.finished(Sum(self.past, self.scale, head), scale=self.scale, rank=self.past.rank)
+        return self.finished(Sum(self.past, self.scale, head), scale=self.scale, rank=None)
 
     def moving(self) -> dict[str, nn.Module]:
         return {} if self.past is None else {"lora": self.past}

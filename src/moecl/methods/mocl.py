@@ -2,12 +2,12 @@
 
 Each task k has a LoRA and a key v_k [D]. A text whose mean input embedding is x is run with
 
-    y = W x + c sum_{k <= t} cos(x, v_k) B_k A_k x,    L = L_task - mean cos(x, v_t)
+    y = W x + c sum_{k <= t} w_k B_k A_k x,    w = softmax_k (s cos(x, v_k)),    L = L_task - mean cos(x, v_t)
 
-The key starts as the mean of the training texts' embeddings, normalised (where the second term has its optimum), and is
-trained on. Trains: a LoRA a task (rank 16), its key and head. Stores: each task's LoRA and the keys up to it, frozen; a
-finished task never changes, later ones are not mixed into it. Needs the task id to answer (the paper's task-incremental
-setting).
+with s = 8 and the softmax as in the published code. The key starts as the mean of the training texts' embeddings,
+normalised, near the optimum of the second term, and is trained on. Trains: a LoRA a task (rank 16), its key and head.
+Stores: each task's LoRA and the keys up to it, frozen; a finished task never changes, later ones are not mixed into it.
+Needs the task id to answer (the paper's task-incremental setting).
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,6 +31,7 @@ from moecl.nn.sums import Keys, Mix
 
 class MoCL(LoRAMethod):
     name, config_type = "mocl", MoCLConfig
+    config: MoCLConfig
     shared: ClassVar[bool] = False
 
     def __init__(self, config: Any, geometry: Geometry, seed: int, base: Injected | None = None) -> None:
@@ -46,7 +47,7 @@ class MoCL(LoRAMethod):
 
     def form(self, lora: Expert, head: nn.Linear | None) -> Parts:
         key: Any = self.state.key
-        return Mix((*self.loras, lora), (*self.keys, key), self.scale, head)
+        return Mix((*self.loras, lora), (*self.keys, key), self.scale, self.config.sharpness, head)
 
     def preview(self, task: Task) -> Parts | None:
         """What came before, composed; there is no key yet, and a fresh LoRA adds nothing."""
@@ -54,7 +55,7 @@ class MoCL(LoRAMethod):
             return None
         fresh = self.fresh(task.name)
         keys = self.keys or [Keys(torch.ones(1, self.geometry.hidden_size, device=self.device))]
-        return Mix(tuple(self.loras) or (fresh,), tuple(keys), self.scale)
+        return Mix(tuple(self.loras) or (fresh,), tuple(keys), self.scale, self.config.sharpness)
 
     def penalty(self, features: Mapping[int, Tensor], step: int, query: Tensor | None = None) -> Tensor | None:
         assert query is not None
@@ -66,7 +67,8 @@ class MoCL(LoRAMethod):
         self.keys.append(frozen_copy(self.state.key))
         head = None if self.state.head is None else frozen_copy(self.state.head)
         self.state.head = None
-        return self.finished(Mix(tuple(self.loras), tuple(self.keys), self.scale, head), scale=self.scale)
+        parts = Mix(tuple(self.loras), tuple(self.keys), self.scale, self.config.sharpness, head)
+        return self.finished(parts, scale=self.scale)
 
     def export(self) -> dict[str, dict[str, Tensor]]:
         state = {f"lora-{k}": tensors(lora) for k, lora in enumerate(self.loras)}

@@ -1,14 +1,15 @@
 """OSFT: https://arxiv.org/abs/2504.07097, through PEFT's OSF tuner (extra `osft`).
 
 Before a task each FFN weight is split by its singular values, W = U_high S_high V_high + U_low S_low V_low. The high
-directions, which what was learned lives in, are frozen; the low ones are trained, with gradients projected so that
-they stay orthogonal to the high ones. After the task both are put together again. Of r directions task t (from 1) keeps
+directions, which what was learned lives in, are frozen; the low ones are trained, with gradients projected onto what is
+orthogonal to the high ones (AdamW's scaling leaks a little). After the task both are put together again. Of r
+directions task t (from 1) keeps
 
     k_t = r (preserved + (1 - preserved) (t - 1) / t)
 
-so that what may move shrinks as tasks come. The paper draws k a layer from how alike its input and output are; PEFT's
-tuner takes one number, and so do we. Trains: the low directions of the adapted FFNs, and the head. Stores: one set of
-weights for all tasks. Needs no task id.
+so that what may move shrinks as tasks come. The schedule is ours: the paper derives k a layer from how alike its input
+and output are, PEFT's tuner takes one number. Trains: the low directions of the adapted FFNs, and the head. Stores: one
+set of weights for all tasks. Needs no task id.
 """
 
 from collections.abc import Mapping
@@ -24,9 +25,7 @@ from moecl.nn.call import Parts
 from moecl.nn.forms import frozen_copy, tensors
 from moecl.nn.inject import Injected
 from moecl.nn.lora import Geometry
-from moecl.nn.weights import Projections, Weights
-
-ADAPTER = "default"
+from moecl.nn.weights import ADAPTER, Projections, Weights
 
 
 class OSFT(Method):

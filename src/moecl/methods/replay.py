@@ -1,8 +1,9 @@
-"""Experience replay (https://arxiv.org/abs/1902.10486): sequential LoRA on a task's rows and some of earlier tasks'.
+"""Experience replay: sequential LoRA on a task's rows and some of earlier tasks' (https://arxiv.org/abs/1902.10486).
 
 After a task `share` (5 %) of its training rows, drawn with the run's seed, are kept for good; every later task is
-trained on its own rows and all kept ones, shuffled. Trains: one LoRA (rank 16). Stores: one LoRA for all tasks, and, as
-token ids in training/, the kept rows: raw data, which a user may not be allowed to keep. Needs no task id.
+trained on its own rows and all kept ones, shuffled: once an epoch, where the paper adds some to every step. Trains: one
+LoRA (rank 16). Stores: one LoRA for all tasks, and, as token ids in training/, the kept rows: raw data, which a user
+may not be allowed to keep. Needs no task id.
 """
 
 from collections.abc import Mapping, Sequence

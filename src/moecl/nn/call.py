@@ -30,6 +30,10 @@ class Parts(ABC):
     def modules(self) -> dict[str, nn.Module]:
         """By their names in the store; a head is `head`."""
 
+    def own_modules(self) -> list[nn.Module]:
+        """What is moved where the model is moved."""
+        return list(self.modules().values())
+
     @classmethod
     @abstractmethod
     def build(cls, modules: dict[str, Any], settings: Mapping[str, Any]) -> "Parts":
@@ -42,7 +46,7 @@ class Parts(ABC):
 
     @cached_property
     def frozen(self) -> bool:
-        return not any(p.requires_grad for module in self.modules().values() for p in module.parameters())
+        return not any(p.requires_grad for module in self.own_modules() for p in module.parameters())
 
     def with_head(self, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
         return modules if self.head is None else {**modules, "head": self.head}

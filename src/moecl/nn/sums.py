@@ -61,9 +61,9 @@ class Keys(nn.Module):
 
 @dataclass(frozen=True)
 class Mix(Parts):
-    """Form `mix`: `y = W x + c sum_k w_k B_k A_k x`, w_k = cos(mean embedding of the row's text, key k).
+    """Form `mix`: `y = W x + c sum_k w_k B_k A_k x`, w = softmax over k of s cos(mean embedding of the text, key k).
 
-    MoCL, https://arxiv.org/abs/2404.00790, section 3.
+    MoCL, https://arxiv.org/abs/2404.00790, section 3; s (`sharpness`) and the softmax as in its published code.
     """
 
     form: ClassVar[str] = "mix"
@@ -73,7 +73,11 @@ class Mix(Parts):
     loras: tuple[Expert, ...]
     keys: tuple[Keys, ...]  # together [len(loras), D]
     scale: float
+    sharpness: float
     head: nn.Linear | None = None
+
+    def own_modules(self) -> list[nn.Module]:
+        return [*self.loras, *self.keys, *([] if self.head is None else [self.head])]
 
     def modules(self) -> dict[str, nn.Module]:
         joined = Keys(torch.cat([one.keys.detach() for one in self.keys])).requires_grad_(False)
@@ -83,12 +87,13 @@ class Mix(Parts):
     @classmethod
     def build(cls, modules: dict[str, Any], settings: Mapping[str, Any]) -> "Mix":
         loras = tuple(modules[f"lora-{k}"] for k in range(len(modules["keys"].keys)))
-        return cls(loras, (modules["keys"],), float(settings["scale"]), modules.get("head"))
+        scale, sharpness = float(settings["scale"]), float(settings["sharpness"])
+        return cls(loras, (modules["keys"],), scale, sharpness, modules.get("head"))
 
     def weights(self, query: Tensor) -> Tensor:
         """query [B, D] -> [B, loras]"""
         keys = torch.cat([one.keys for one in self.keys])
-        return F.cosine_similarity(query[:, None].float(), keys[None], dim=-1)
+        return torch.softmax(self.sharpness * F.cosine_similarity(query[:, None].float(), keys[None], dim=-1), dim=-1)
 
     @staticmethod
     def run(ffn: FFN, layer: int, x: Tensor, call: Call) -> Tensor:

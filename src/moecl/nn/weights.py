@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from moecl.nn.call import Call, Parts
 from moecl.nn.ffn import FFN
 
+ADAPTER = "default"  # the one adapter of a tuner's layer, by PEFT's name for it
+
 
 class Projections(nn.Module):
-    """The adapted FFNs' projections, float32: layer -> projection -> nn.Linear, or what a tuner made of it."""
+    """The adapted FFNs' projections, float32: layer -> projection -> nn.Linear, or a PEFT layer around it."""
 
     def __init__(self, linears: Mapping[int, Mapping[str, nn.Module]]) -> None:
         super().__init__()
@@ -35,12 +37,12 @@ class Projections(nn.Module):
         return found.requires_grad_(False)
 
     def project(self, layer: int, projection: str, x: Tensor) -> Tensor:
-        """In x's dtype; a tuner's module in its own."""
+        """In x's dtype: what is trained beside a weight is added to it first, or rounding would lose it at the end."""
         module: Any = self.layers[str(layer)][projection]  # type: ignore[index]
-        if type(module) is nn.Linear:
-            bias = None if module.bias is None else module.bias.to(x.dtype)
-            return F.linear(x, module.weight.to(x.dtype), bias)
-        return module(x.float()).to(x.dtype)  # type: ignore[no-any-return]
+        linear: nn.Linear = getattr(module, "base_layer", module)
+        weight = linear.weight if linear is module else linear.weight + module.get_delta_weight(ADAPTER)
+        bias = None if linear.bias is None else linear.bias.to(x.dtype)
+        return F.linear(x, weight.to(x.dtype), bias)
 
 
 @dataclass(frozen=True)
