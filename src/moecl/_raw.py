@@ -111,8 +111,8 @@ def _resolved(source: str, document: Document, keys: Keys, folder: Path) -> str:
     path = folder / os.path.expanduser(source)
     is_data = source.lower().removesuffix(".gz").endswith(DATA_EXTENSIONS)
     if is_data or _is_written_as_path(source) or os.path.exists(path):
-        # The file itself may be a link to one without an extension, as in the hub's cache: keep its name.
-        return os.path.join(os.path.realpath(path.parent), path.name)
+        # Links are kept: the file may be one to a name without an extension, its folder one to where data lies here.
+        return os.path.abspath(path)
     if _HUB_ID.fullmatch(source):
         return source
     raise ConfigError(
