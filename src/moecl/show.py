@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moecl._sizes import duration as duration  # for who shows more
-from moecl._sizes import size as size
+from moecl._sizes import duration, size
 from moecl.results import Result
 
 METRICS = {

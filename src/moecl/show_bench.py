@@ -11,9 +11,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from moecl._sizes import duration
 from moecl.bench import Bench, BenchWatcher
 from moecl.bench_record import Cell, Job, Trial
-from moecl.show import WIDEST, duration, say, show_score
+from moecl.show import WIDEST, say, show_score
 
 WAITING = "·"
 COLUMN, GAP = 6, 3  # characters that a cell takes, and those beside it

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moecl.methods.base import Finished
 from moecl.methods.one_lora import LoRAMethod
 from moecl.nn.call import Parts
-from moecl.nn.forms import frozen_copy, tensors
+from moecl.nn.forms import tensors
 from moecl.nn.inject import Injected
 from moecl.nn.lora import Expert, Geometry, load_expert
 from moecl.nn.sums import Sum, merge
@@ -29,9 +29,7 @@ class AddedLoRA(LoRAMethod):
     def finish(self) -> Finished:
         own = [self.state.lora] if self.past is None else [self.past, self.state.lora]
         self.past = merge(own)
-        head = None if self.state.head is None else frozen_copy(self.state.head)
-        self.state.head = None
-        return self.finished(Sum(self.past, self.scale, head), scale=self.scale, rank=None)
+        return self.finished(Sum(self.past, self.scale, self.take_head()), scale=self.scale, rank=None)
 
     def moving(self) -> dict[str, nn.Module]:
         return {} if self.past is None else {"lora": self.past}

@@ -65,9 +65,7 @@ class MoCL(LoRAMethod):
     def finish(self) -> Finished:
         self.loras.append(frozen_copy(self.state.lora))
         self.keys.append(frozen_copy(self.state.key))
-        head = None if self.state.head is None else frozen_copy(self.state.head)
-        self.state.head = None
-        parts = Mix(tuple(self.loras), tuple(self.keys), self.scale, self.config.sharpness, head)
+        parts = Mix(tuple(self.loras), tuple(self.keys), self.scale, self.config.sharpness, self.take_head())
         return self.finished(parts, scale=self.scale)
 
     def export(self) -> dict[str, dict[str, Tensor]]:

@@ -72,9 +72,13 @@ class LoRAMethod(Method):
 
     def finish(self) -> Finished:
         lora = self.state.lora if self.shared else frozen_copy(self.state.lora)
-        head = None if self.state.head is None else frozen_copy(self.state.head)
+        return self.finished(Sum(lora, self.scale, self.take_head()), scale=self.scale)
+
+    def take_head(self) -> nn.Linear | None:
+        """The head of the task under way, frozen; the next one has its own."""
+        head: nn.Linear | None = None if self.state.head is None else frozen_copy(self.state.head)
         self.state.head = None
-        return self.finished(Sum(lora, self.scale, head), scale=self.scale)
+        return head
 
     def moving(self) -> dict[str, nn.Module]:
         return {"lora": self.state.lora} if self.shared else {}

@@ -5,7 +5,7 @@ the `Call` of the model call under way. There is no active task to forget to res
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -109,17 +109,16 @@ class Call:
             self.split[key] = chosen, some
         return self.split[key]
 
-    def each(self, x: Tensor) -> Sequence[tuple[Any, Tensor | slice, "Call"]]:
-        """Every part with the places of its rows in x [B, ...], and their call: for forms that run part by part."""
+    def part_by_part(self, x: Tensor, run: Callable[[Any, Tensor, "Call"], Tensor]) -> Tensor:
+        """x [B, T, D] -> [B, T, D]: `run(parts, rows of x, their call)` for each part in turn."""
         if self.rows is None:
-            return [(self.parts[0], slice(None), self)]
-        own = {id(parts): parts for parts in self.parts if parts is not None}
-        found = []
-        for key, parts in own.items():
+            return run(self.parts[0], x, self)
+        y = torch.zeros_like(x)
+        for key, parts in {id(parts): parts for parts in self.parts if parts is not None}.items():
             places, some = self.only(len(x), lambda one, parts=parts: one is parts, key)  # type: ignore[misc]
             if len(places):
-                found.append((parts, places, some))
-        return found
+                y[places] = run(parts, x[places], some)
+        return y
 
     def bare_rows(self, count: int) -> Tensor | None:
         """[count] bool: the rows that run the bare base; None where there are none."""

@@ -45,9 +45,13 @@ def cast_pair(expert: Expert, layer: int, projection: str, dtype: torch.dtype) -
 
 
 def stacked(experts: Sequence[Expert], layer: int, projection: str, rows: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs [B, r, in], [B, out, r]; experts of a lower rank are filled up with zeros, which add nothing."""
-    pairs = [cast_pair(expert, layer, projection, x.dtype) for expert in experts]
-    rank = max(expert.rank for expert in experts)
+    """Pairs [B, r, in], [B, out, r], each row's from the expert that `rows` names."""
+    return stack_rows([cast_pair(expert, layer, projection, x.dtype) for expert in experts], rows)
+
+
+def stack_rows(pairs: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of a row each; those of a lower rank are filled up with zeros, which add nothing."""
+    rank = max(len(lora_A) for lora_A, _ in pairs)
     filled = [fill(pair, rank) for pair in pairs]
     return torch.stack([lora_A for lora_A, _ in filled])[rows], torch.stack([lora_B for _, lora_B in filled])[rows]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moecl.nn.call import Call, Parts, token_shares
 from moecl.nn.ffn import FFN
 from moecl.nn.lora import Expert
-from moecl.nn.low_rank import Pairs, add_lora, cast_pair, fill, with_lora
+from moecl.nn.low_rank import Pairs, add_lora, cast_pair, stack_rows, with_lora
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ class Sum(Parts):
         return cls(scale=float(settings["scale"]), **modules)
 
     def pair(self, layer: int, projection: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        found = [cast_pair(one, layer, projection, dtype) for one in (self.lora, self.past) if one is not None]
-        return torch.cat([lora_A for lora_A, _ in found]), torch.cat([lora_B for _, lora_B in found], dim=1)
+        return _joined([self.lora] if self.past is None else [self.lora, self.past], layer, projection, dtype)
 
     @staticmethod
     def run(ffn: FFN, layer: int, x: Tensor, call: Call) -> Tensor:
@@ -47,7 +46,9 @@ class Sum(Parts):
             return run_pairs(ffn, layer, x, call, pairs, some.scale)
         rows = call.spread(len(x))
         scale = torch.tensor([parts.scale for parts in own], device=x.device, dtype=x.dtype)[rows, None, None]
-        pairs = {name: _rows_of([parts.pair(layer, name, x.dtype) for parts in own], rows) for name in ffn.projections}
+        pairs = {
+            name: stack_rows([parts.pair(layer, name, x.dtype) for parts in own], rows) for name in ffn.projections
+        }
         return run_pairs(ffn, layer, x, call, pairs, scale)
 
 
@@ -97,15 +98,7 @@ class Mix(Parts):
 
     @staticmethod
     def run(ffn: FFN, layer: int, x: Tensor, call: Call) -> Tensor:
-        y = None
-        for parts, places, some in call.each(x):
-            found = parts.run_own(ffn, layer, x[places], some)
-            if isinstance(places, slice):
-                return found  # type: ignore[no-any-return]
-            y = torch.zeros_like(x) if y is None else y
-            y[places] = found
-        assert y is not None
-        return y
+        return call.part_by_part(x, lambda parts, rows, some: parts.run_own(ffn, layer, rows, some))
 
     def run_own(self, ffn: FFN, layer: int, x: Tensor, call: Call) -> Tensor:
         assert call.query is not None
@@ -129,12 +122,6 @@ def run_pairs(ffn: FFN, layer: int, x: Tensor, call: Call, pairs: Pairs, scale: 
 def _joined(loras: Sequence[Expert], layer: int, projection: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     found = [cast_pair(lora, layer, projection, dtype) for lora in loras]
     return torch.cat([lora_A for lora_A, _ in found]), torch.cat([lora_B for _, lora_B in found], dim=1)
-
-
-def _rows_of(pairs: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> tuple[Tensor, Tensor]:
-    rank = max(len(lora_A) for lora_A, _ in pairs)
-    filled = [fill(pair, rank) for pair in pairs]
-    return torch.stack([lora_A for lora_A, _ in filled])[rows], torch.stack([lora_B for _, lora_B in filled])[rows]
 
 
 def merge(loras: Sequence[Expert]) -> Expert:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -64,13 +63,7 @@ class Weights(Parts):
 
     @staticmethod
     def run(ffn: FFN, layer: int, x: Tensor, call: Call) -> Tensor:
-        y = torch.zeros_like(x)
-        for parts, places, _ in call.each(x):
-            found = parts.run_own(ffn, layer, x[places])
-            if isinstance(places, slice):
-                return found  # type: ignore[no-any-return]
-            y[places] = found
-        return y
+        return call.part_by_part(x, lambda parts, rows, _: parts.run_own(ffn, layer, rows))
 
     def run_own(self, ffn: FFN, layer: int, x: Tensor) -> Tensor:
         gate = self.weights.project(layer, "gate_proj", x) if "gate_proj" in ffn.projections else None
