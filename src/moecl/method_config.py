@@ -54,8 +54,9 @@ class MoECLConfig(MethodConfig):
     discriminator_memory: Literal["gaussian", "none"] = Field(
         default="gaussian", description="how the discriminator remembers old tasks; none: as in the paper, not at all"
     )
-    warm_start: Literal["zero", "shared"] = Field(
-        default="zero", description="how a new task expert starts: as no change, or as a copy of the shared expert"
+    warm_start: Literal["zero", "shared", "nearest"] = Field(
+        default="zero",
+        description="a new task's expert starts as no change, as the shared expert, or as the best fitting old one",
     )
     experts: Literal["both", "task", "shared"] = Field(
         default="both",

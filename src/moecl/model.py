@@ -175,9 +175,12 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         task: TaskNames = None,
         features: bool = False,
         prefix: Tensor | None = None,
+        bank: Mapping[str, Entry] | None = None,
         **kwargs: Any,
     ) -> Any:
         """input_ids, attention_mask [B, T]; prefix [B, T, D]: these texts' `Injected.prefix`, which is then not run.
+
+        `bank` is asked for the tasks in the place of the model's own.
 
         Without labels: the base's own output, with all logits. With labels [B, T] (-100 where no loss is wanted): a
         `MoECLOutput` whose logits are those of the answer tokens alone. For tasks with a classifier head, labels are
@@ -185,7 +188,7 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         """
         given = kwargs["inputs_embeds"] if input_ids is None else input_ids  # (B, T, ...)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
-        call = self.call(task, len(given), self.bank)
+        call = self.call(task, len(given), self.bank if bank is None else bank)
         call.dropout = self.config.dropout if self.training else 0.0
         call.prefix = prefix
         adversary = self._adversary(task) if labels is not None else None

@@ -31,6 +31,7 @@ from moecl.model import MoECL
 from moecl.prefix import prefixes
 from moecl.results import Items, Result, SplitInfo
 from moecl.run_folder import RunFolder
+from moecl.start import Start, best_start
 from moecl.store import Store, TaskRecord
 from moecl.task_trainer import Learned, learn_task
 
@@ -215,7 +216,8 @@ class Session:
         """Learn a task, or several at once."""
         begun, [*_, course] = time.monotonic(), courses
         rows = self.method.rehearse([row for one in courses for row in one.train])
-        parts = self.method.begin(course.task)
+        start = self._start(course, self.method)
+        parts = self.method.begin(course.task, None if start is None else start.parts)
         for one in courses:
             self.model.bank[one.name] = Entry(one.task, parts)
         learned = learn_task(
@@ -233,7 +235,10 @@ class Session:
         )
         seconds = (time.monotonic() - begun) / len(courses)
         for one in courses:
-            self.progress.details[one.name] = details(learned) | {"seconds": seconds}
+            self.progress.details[one.name] = details(learned) | {
+                "seconds": seconds,
+                "start": None if start is None else start.name,
+            }
         self.folder.save_progress(vars(self.progress))  # before the commit, after which the task is not learned again
         finished = self.method.finish()
         records = [self._record(one.task, finished) for one in courses]
@@ -245,6 +250,11 @@ class Session:
         for one in courses:
             one.data, one.train = None, []
         shutil.rmtree(self.folder.checkpoints / course.name, ignore_errors=True)
+
+    def _start(self, course: Course, method: Method) -> Start | None:
+        """What a task not yet learned starts from, if not afresh."""
+        old = {} if method is not self.method else {n: e for n, e in self.model.bank.items() if n != course.name}
+        return best_start(self.engine(), method, course, old)
 
     def _record(self, task: Task, finished: Finished) -> TaskRecord:
         return TaskRecord(task=task, form=finished.form, settings={"seed": self.config.train.seed, **finished.settings})
@@ -294,7 +304,8 @@ class Session:
             return None
         entry = self.model.bank.get(course.name)
         if entry is None:
-            parts = method.preview(course.task)
+            start = self._start(course, method)
+            parts = method.preview(course.task) if start is None else start.parts
             if parts is None:
                 return None
             entry = Entry(course.task, parts)

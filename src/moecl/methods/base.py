@@ -1,7 +1,7 @@
 """What a continual-learning method is to the rest: it makes a task's parts, says what it trains, and finishes them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,9 +54,18 @@ class Method(ABC):
         """What a task whose training rows are `rows` is trained on. Called before `begin`."""
         return rows
 
+    def starts(
+        self, task: Task, rows: Sequence[Encoded], old: Mapping[str, Callable[[], Parts]]
+    ) -> list[tuple[str, Parts]]:
+        """What `task`, whose training rows are `rows`, may start from, if not afresh, with the old task's name.
+
+        The trainer gives `begin` the one that fits some of the rows best, if it does so better than a fresh start.
+        """
+        return []
+
     @abstractmethod
-    def begin(self, task: Task) -> Parts:
-        """Fresh trainable parts for `task`, which must be resolved (labels, head)."""
+    def begin(self, task: Task, start: Parts | None = None) -> Parts:
+        """Trainable parts for `task`, which must be resolved (labels, head): fresh ones, or a copy of `start`."""
 
     @abstractmethod
     def preview(self, task: Task) -> Parts | None:

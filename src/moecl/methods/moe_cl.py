@@ -5,24 +5,32 @@ guesses the task from the shared expert's output, and the shared expert is train
 
     experts, gate, head minimise L_SFT - alpha L_GAN; the discriminator minimises L_GAN.
 
+Beyond the paper, a new task's expert and gate start as a copy of that old task's which fits its training rows best
+(`warm_start: nearest`): of a fresh start and of the few old tasks whose texts are nearest, what has the least loss.
+
 Trains: shared expert, the task's expert, gate and head, discriminator. Stores: a task's expert, gate and head, and with
 retention `exact` its copy of the shared expert; for further learning the shared expert, the discriminators and a mean
 and a variance a layer and task. Needs the task id to answer. Defaults: DESIGN section 2; `MoECLConfig.paper()` is the
 published setting.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moecl.config import Task
+from moecl.data.encode import Encoded
 from moecl.method_config import MoECLConfig
 from moecl.methods.base import Finished, Method, labels
 from moecl.nn.call import Parts
 from moecl.nn.gated import GatedLearner
 from moecl.nn.inject import Injected
 from moecl.nn.lora import Geometry
+
+STARTS = 4  # old tasks whose experts are tried as a start, the nearest ones: learning costs the same at task 1000
+KEY_ROWS = 256
 
 
 class MoECLMethod(Method):
@@ -34,9 +42,30 @@ class MoECLMethod(Method):
         super().__init__(config, geometry, seed, base)
         self.state = GatedLearner(geometry, config, seed)
         self.reads_features = self.state.adversary is not None
+        self.keys: dict[str, Tensor] = {}  # of finished tasks
+        self.key: Tensor | None = None  # of the one under way
 
-    def begin(self, task: Task) -> Parts:
-        return self.state.begin(task.name, labels(task))
+    def rehearse(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
+        self.key = self._key(rows) if self.config.warm_start == "nearest" else None
+        return rows
+
+    def _key(self, rows: Sequence[Encoded]) -> Tensor:
+        """[D]: where a task's texts lie, to find the old tasks that are near."""
+        return self.base.queries([row.input_ids for row in rows[:KEY_ROWS]]).mean(dim=0).cpu()
+
+    def starts(
+        self, task: Task, rows: Sequence[Encoded], old: Mapping[str, Callable[[], Parts]]
+    ) -> list[tuple[str, Parts]]:
+        if self.config.warm_start != "nearest" or task.head == "classifier" or not old:
+            return []
+        key = self._key(rows)
+        near = {name: float(F.cosine_similarity(key, self.keys.get(name, -key), dim=0)) for name in old}
+        names = sorted(near, key=near.__getitem__, reverse=True)[:STARTS]
+        return [(name, parts) for name in names for parts in self.state.like(old[name]())]
+
+    def begin(self, task: Task, start: Parts | None = None) -> Parts:
+        self.task = task.name
+        return self.state.begin(task.name, labels(task), start)
 
     def preview(self, task: Task) -> Parts | None:
         return None if task.head == "classifier" else self.state.preview(task.name)
@@ -48,13 +77,16 @@ class MoECLMethod(Method):
         return self.state.loss(features, step) if self.reads_features else None
 
     def finish(self) -> Finished:
+        if self.key is not None:
+            self.keys[self.task] = self.key
         return self.finished(self.state.finish(), scale=self.state.scale)
 
     def export(self) -> dict[str, dict[str, Tensor]]:
-        return self.state.export()
+        return self.state.export() | ({"keys": self.keys} if self.keys else {})
 
     def restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.state.restore(state)
+        self.keys = dict(state.get("keys", {}))
 
     def moving(self) -> dict[str, nn.Module]:
         return self.state.moving()

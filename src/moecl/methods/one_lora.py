@@ -50,7 +50,7 @@ class LoRAMethod(Method):
     def fresh(self, name: str) -> Expert:
         return Expert(self.geometry, self.config.rank).reset(seeded(self.seed, name, "lora")).to(self.device)
 
-    def begin(self, task: Task) -> Parts:
+    def begin(self, task: Task, start: Parts | None = None) -> Parts:
         device = self.device
         if not self.shared:
             self.state.lora = self.fresh(task.name)

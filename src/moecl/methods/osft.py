@@ -39,7 +39,7 @@ class OSFT(Method):
         self.tasks = 0
         self.state = nn.ModuleDict()  # the trained directions by projection, and the head
 
-    def begin(self, task: Task) -> Parts:
+    def begin(self, task: Task, start: Parts | None = None) -> Parts:
         tuned = tune(frozen_copy(self.weights), self.preserved())
         trained = {
             name.replace(".", "-"): layer.osf_svd_params[ADAPTER]

@@ -38,7 +38,7 @@ class SequentialFull(Method):
         super().__init__(config, geometry, seed, base)
         self.state = WeightsState(self.base.projections())
 
-    def begin(self, task: Task) -> Parts:
+    def begin(self, task: Task, start: Parts | None = None) -> Parts:
         self.state.head = fresh_head(self, task)
         self.state.requires_grad_(True)
         return Weights(self.state.weights, self.state.head)

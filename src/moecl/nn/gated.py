@@ -57,10 +57,12 @@ class GatedLearner(nn.Module):
     def scale(self) -> float:
         return self.config.lora_alpha / self.config.rank
 
-    def begin(self, name: str, labels: int = 0) -> Parts:
-        """Fresh trainable parts for a task; `labels` > 0 gives it a classifier head."""
+    def begin(self, name: str, labels: int = 0, start: Parts | None = None) -> Parts:
+        """Trainable parts for a task, fresh or a copy of `start`; `labels` > 0 gives it a classifier head."""
         assert self.task is None, "finish the task under way first"
-        fresh = self._fresh(name, labels)
+        fresh = self._fresh(name, labels, start)
+        if isinstance(start, Gated) and start.shared is not self.shared:
+            self.shared.load_state_dict(start.shared.state_dict())
         self.task, self.head = fresh.task, fresh.head
         self.own_gate = None if self.gate is not None else fresh.gate
         if self.adversary is not None:
@@ -76,12 +78,36 @@ class GatedLearner(nn.Module):
         """The parts a task has before its first step."""
         return self._form(self._fresh(name, labels))
 
-    def _fresh(self, name: str, labels: int) -> Gated:
+    def like(self, old: Parts) -> list[Parts]:
+        """What a task may start as from the finished `old` one: its expert and gate beside the shared expert of now,
+        and, where it kept a copy, beside that of then. Nothing where it has no expert of this rank.
+        """
+        modules = old.modules()
+        task, gate, then = (modules.get(self._task), self.gate or modules.get("gate"), modules.get("shared"))
+        if not isinstance(task, Expert) or task.rank != self.config.rank or self.config.experts == "shared":
+            return []
+        if self.config.experts == "task":
+            return [Sum(task, self.scale)]
+        kept = [then] if self.config.retention == "exact" else []
+        assert isinstance(gate, Gate)
+        return [Gated(shared, task, gate, self.scale) for shared in (self.shared, *kept) if isinstance(shared, Expert)]
+
+    @property
+    def _task(self) -> str:
+        """What a finished task's own expert is called."""
+        return "lora" if self.config.experts == "task" else "task"
+
+    def _fresh(self, name: str, labels: int, start: Parts | None = None) -> Gated:
         device = next(self.shared.parameters()).device
         task = Expert(self.geometry, self.config.rank).reset(seeded(self.seed, name, "task"))
-        if self.config.warm_start == "shared":
-            task.load_state_dict(self.shared.state_dict())
         gate = self.gate or Gate(self.geometry).reset(seeded(self.seed, name, "gate"), self.config.gate_std)
+        if start is not None:
+            modules = start.modules()
+            task.load_state_dict(modules[self._task].state_dict())
+            if self.gate is None and "gate" in modules:
+                gate.load_state_dict(modules["gate"].state_dict())
+        elif self.config.warm_start == "shared":
+            task.load_state_dict(self.shared.state_dict())
         head = new_head(labels, self.geometry.hidden_size, seeded(self.seed, name, "head")) if labels else None
         return Gated(self.shared, task.to(device), gate.to(device), self.scale, head.to(device) if head else None)
 
