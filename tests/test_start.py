@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from moecl.bank import Entry
 from moecl.nn.forms import to_tensors
 from moecl.session import Session
-from moecl.start import loss
+from moecl.start import Starts
 from moecl.store import Store
 from runs import Recorder, learn, stream
 from tiny_stream import task as section
@@ -78,9 +77,9 @@ def test_offers_are_few_and_the_nearest(run, tmp_path):
     method.keys |= {f"near{k}": method.key + 1e-3 * noise[5 + k] for k in range(4)}
     old = {name: lambda name=name: loaded.append(name) or finished for name in method.keys if name != course.name}
     offers = method.starts(course.task, course.train, old)
-    assert {name for name, _ in offers} == set(loaded) == {f"near{k}" for k in range(4)}
-    assert method.starts(course.task, course.train, {}) == []
-    assert method.starts(course.task.model_copy(update={"head": "classifier"}), course.train, old) == []
+    assert set(offers) == set(loaded) == {f"near{k}" for k in range(4)}
+    assert method.starts(course.task, course.train, {}) == {}
+    assert method.starts(course.task.model_copy(update={"head": "classifier"}), course.train, old) == {}
 
 
 def test_a_start_is_copied_not_shared(run, tmp_path):
@@ -93,13 +92,13 @@ def test_a_start_is_copied_not_shared(run, tmp_path):
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) / 10)
     old = method.finish().parts
     kept = {part: {n: t.clone() for n, t in found.items()} for part, found in to_tensors(old).items()}
-    *_, (_, start) = method.starts(session.courses[1].task, course.train, {"one": lambda: old})
+    [start] = method.starts(session.courses[1].task, course.train, {"one": lambda: old}).values()
     with torch.no_grad():
         for parameter in method.state.shared.parameters():
             parameter.mul_(0.5 if method.config.retention == "exact" else 1)
     parts = method.begin(session.courses[1].task, start)
     second = session.courses[1]
-    before, after = (loss(session.engine(), Entry(second.task, one), second) for one in (start, parts))
+    before, after = (session.starts.loss(second, one) for one in (start, parts))
     assert before == after
     with torch.no_grad():
         for group in method.groups().values():
@@ -108,3 +107,19 @@ def test_a_start_is_copied_not_shared(run, tmp_path):
     for part, found in to_tensors(old).items():
         if part not in method.moving():
             assert all(torch.equal(found[name], tensor) for name, tensor in kept[part].items())
+
+
+def test_what_never_changes_is_measured_once(tmp_path, tiny_folder, monkeypatch):
+    """Each unlearned task against each finished one, however many rows of R ask; a fresh start anew each time."""
+    measured = []
+    real = Starts.loss
+    monkeypatch.setattr(
+        Starts,
+        "loss",
+        lambda self, course, parts: measured.append((course.name, parts.frozen)) or real(self, course, parts),
+    )
+    config = stream(tmp_path, tiny_folder, tasks=3, train={"epochs": 1, "evals_per_epoch": 0}, evaluate="all")
+    learn(config, tmp_path / "run")
+    assert measured.count(("task1", True)) == 1
+    assert measured.count(("task2", True)) == 2
+    assert not any(name == "task0" for name, _ in measured)

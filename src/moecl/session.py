@@ -31,7 +31,7 @@ from moecl.model import MoECL
 from moecl.prefix import prefixes
 from moecl.results import Items, Result, SplitInfo
 from moecl.run_folder import RunFolder
-from moecl.start import Start, best_start
+from moecl.start import Start, Starts
 from moecl.store import Store, TaskRecord
 from moecl.task_trainer import Learned, learn_task
 
@@ -64,6 +64,7 @@ class Session:
         self.store = self._checked(store)
         self.prefixes = prefixes(self.model, self.store.manifest.base.sha256, train.prefix_cache, watcher.note)
         self._engine = Engine(self.model, self.tokenizer, None, train.eval_batch_tokens, self.prefixes)
+        self.starts = Starts(self._engine)
         self.tokens = Derived("tokens", TOKEN_BYTES, watcher.note)
         self._check_rows()
         for course in self.courses:
@@ -254,7 +255,7 @@ class Session:
     def _start(self, course: Course, method: Method) -> Start | None:
         """What a task not yet learned starts from, if not afresh."""
         old = {} if method is not self.method else {n: e for n, e in self.model.bank.items() if n != course.name}
-        return best_start(self.engine(), method, course, old)
+        return self.starts.best(method, course, old)
 
     def _record(self, task: Task, finished: Finished) -> TaskRecord:
         return TaskRecord(task=task, form=finished.form, settings={"seed": self.config.train.seed, **finished.settings})

@@ -1,5 +1,6 @@
 """From which of a method's offers a new task starts: the one that fits its training rows best as it is."""
 
+import copy
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -15,7 +16,7 @@ from moecl.engine import Engine, Request
 from moecl.methods.base import Method
 from moecl.nn.call import Parts
 
-ROWS, BATCH = 64, 16  # training rows on which offers are compared, and texts at once where answers are texts
+ROWS, BATCH = 32, 16  # training rows on which offers are compared, and texts at once where answers are texts
 LEAST_SHARE = 1e-6  # so that one row cannot outweigh all the others
 
 
@@ -26,37 +27,52 @@ class Start(NamedTuple):
     parts: Parts
 
 
-def best_start(engine: Engine, method: Method, course: Course, old: Mapping[str, Entry]) -> Start | None:
-    """Of what `method` offers for a task not yet learned the start that fits its first rows best.
+class Starts:
+    """Chooses where tasks start from. What a finished task that never changes is worth to another is measured once."""
 
-    None where a fresh one does. `old` are the tasks learned so far; those that are offered alone are loaded.
-    """
-    parts_of = {name: partial(attrgetter("parts"), entry) for name, entry in old.items()}
-    offers = method.starts(course.task, course.train, parts_of)
-    fresh = method.preview(course.task) if offers else None
-    if fresh is None:
-        return None
-    starts = [Start("", fresh), *(Start(name, parts) for name, parts in offers)]
-    best = min(starts, key=lambda start: loss(engine, Entry(course.task, start.parts), course))
-    return best if best.name else None
+    def __init__(self, engine: Engine) -> None:
+        self.engine = copy.copy(engine)
+        self.engine.prefixes = None  # texts that are read this once would fill the cache
+        self._known: dict[tuple[str, str], float] = {}
+
+    def best(self, method: Method, course: Course, old: Mapping[str, Entry]) -> Start | None:
+        """Of what `method` offers for a task not yet learned the start that fits its first rows best.
+
+        None where a fresh one does. `old` are the tasks learned so far; those that are offered alone are loaded.
+        """
+        parts_of = {name: partial(attrgetter("parts"), entry) for name, entry in old.items()}
+        offers = method.starts(course.task, course.train, parts_of)
+        fresh = method.preview(course.task) if offers else None
+        if fresh is None:
+            return None
+        least, best = self.loss(course, fresh), None
+        for name, parts in offers.items():
+            if (loss := self._loss_once(course, name, parts)) < least:
+                least, best = loss, Start(name, parts)
+        return best
+
+    def _loss_once(self, course: Course, name: str, parts: Parts) -> float:
+        if not parts.frozen:
+            return self.loss(course, parts)
+        if (course.name, name) not in self._known:
+            self._known[course.name, name] = self.loss(course, parts)
+        return self._known[course.name, name]
+
+    def loss(self, course: Course, parts: Parts) -> float:
+        """The mean of -log p of the right answers to the first rows: among the labels, or for texts a token."""
+        of = label_loss if course.task.kind == "classification" else text_loss
+        return of(self.engine.over({course.name: Entry(course.task, parts)}), course)
 
 
-def loss(engine: Engine, entry: Entry, course: Course) -> float:
-    """The mean of -log p of the right answers to the task's first rows: among its labels, or for texts a token."""
-    of = label_loss if entry.task.kind == "classification" else text_loss
-    return of(engine.over({entry.task.name: entry}), entry, course)
-
-
-def label_loss(engine: Engine, entry: Entry, course: Course) -> float:
-    assert course.data is not None
-    examples, encoder = course.data.train.examples[:ROWS], engine.encoder(entry.task)
-    given = engine.answer([Request(entry, encoder, row) for row in engine.prompts(entry.task, examples)])
-    shares = [answer.scores[example.label or ""] for answer, example in zip(given, examples, strict=True)]
+def label_loss(engine: Engine, course: Course) -> float:
+    rows, encoder, labels = course.train[:ROWS], engine.encoder(course.task), list(course.task.labels or ())
+    given = engine.answer([Request(engine.bank[course.name], encoder, row) for row in rows])
+    shares = [answer.scores[labels[row.label]] for answer, row in zip(given, rows, strict=True)]
     return -sum(math.log(max(share, LEAST_SHARE)) for share in shares) / len(shares)
 
 
 @torch.no_grad()
-def text_loss(engine: Engine, entry: Entry, course: Course) -> float:
+def text_loss(engine: Engine, course: Course) -> float:
     model, rows = engine.model, course.train[:ROWS]
     training, losses = model.training, []
     model.eval()
@@ -64,6 +80,6 @@ def text_loss(engine: Engine, entry: Entry, course: Course) -> float:
         some = rows[first : first + BATCH]
         batch = {name: tensor.to(model.device) for name, tensor in collate(some, engine.pad_id).items()}
         inputs = (batch["input_ids"], batch["attention_mask"], batch["labels"])
-        losses += [float(model(*inputs, task=entry.task.name, bank=engine.bank).loss)] * len(some)
+        losses += [float(model(*inputs, task=course.name, bank=engine.bank).loss)] * len(some)
     model.train(training)
     return sum(losses) / len(losses)

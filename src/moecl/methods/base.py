@@ -54,14 +54,12 @@ class Method(ABC):
         """What a task whose training rows are `rows` is trained on. Called before `begin`."""
         return rows
 
-    def starts(
-        self, task: Task, rows: Sequence[Encoded], old: Mapping[str, Callable[[], Parts]]
-    ) -> list[tuple[str, Parts]]:
-        """What `task`, whose training rows are `rows`, may start from, if not afresh, with the old task's name.
+    def starts(self, task: Task, rows: Sequence[Encoded], old: Mapping[str, Callable[[], Parts]]) -> dict[str, Parts]:
+        """What `task`, whose training rows are `rows`, may start from, if not afresh, by the old task that it is from.
 
         The trainer gives `begin` the one that fits some of the rows best, if it does so better than a fresh start.
         """
-        return []
+        return {}
 
     @abstractmethod
     def begin(self, task: Task, start: Parts | None = None) -> Parts:

@@ -5,8 +5,8 @@ guesses the task from the shared expert's output, and the shared expert is train
 
     experts, gate, head minimise L_SFT - alpha L_GAN; the discriminator minimises L_GAN.
 
-Beyond the paper, a new task's expert and gate start as a copy of that old task's which fits its training rows best
-(`warm_start: nearest`): of a fresh start and of the few old tasks whose texts are nearest, what has the least loss.
+Beyond the paper, a new task starts as that old task which fits its training rows best (`warm_start: nearest`): of a
+fresh start and of the few old tasks whose texts are nearest, what has the least loss.
 
 Trains: shared expert, the task's expert, gate and head, discriminator. Stores: a task's expert, gate and head, and with
 retention `exact` its copy of the shared expert; for further learning the shared expert, the discriminators and a mean
@@ -53,15 +53,14 @@ class MoECLMethod(Method):
         """[D]: where a task's texts lie, to find the old tasks that are near."""
         return self.base.queries([row.input_ids for row in rows[:KEY_ROWS]]).mean(dim=0).cpu()
 
-    def starts(
-        self, task: Task, rows: Sequence[Encoded], old: Mapping[str, Callable[[], Parts]]
-    ) -> list[tuple[str, Parts]]:
+    def starts(self, task: Task, rows: Sequence[Encoded], old: Mapping[str, Callable[[], Parts]]) -> dict[str, Parts]:
         if self.config.warm_start != "nearest" or task.head == "classifier" or not old:
-            return []
+            return {}
         key = self._key(rows)
         near = {name: float(F.cosine_similarity(key, self.keys.get(name, -key), dim=0)) for name in old}
         names = sorted(near, key=near.__getitem__, reverse=True)[:STARTS]
-        return [(name, parts) for name in names for parts in self.state.like(old[name]())]
+        found = {name: self.state.like(old[name]()) for name in names}
+        return {name: parts for name, parts in found.items() if parts is not None}
 
     def begin(self, task: Task, start: Parts | None = None) -> Parts:
         self.task = task.name

@@ -78,19 +78,19 @@ class GatedLearner(nn.Module):
         """The parts a task has before its first step."""
         return self._form(self._fresh(name, labels))
 
-    def like(self, old: Parts) -> list[Parts]:
-        """What a task may start as from the finished `old` one: its expert and gate beside the shared expert of now,
-        and, where it kept a copy, beside that of then. Nothing where it has no expert of this rank.
+    def like(self, old: Parts) -> Parts | None:
+        """What a task starts as from the finished `old` one: exactly as that one answers, its copy of the shared expert
+        included; with retention `live` beside the shared expert of now. None where it has no expert of this rank.
         """
         modules = old.modules()
-        task, gate, then = (modules.get(self._task), self.gate or modules.get("gate"), modules.get("shared"))
+        task, gate, shared = (modules.get(self._task), self.gate or modules.get("gate"), modules.get("shared"))
         if not isinstance(task, Expert) or task.rank != self.config.rank or self.config.experts == "shared":
-            return []
+            return None
         if self.config.experts == "task":
-            return [Sum(task, self.scale)]
-        kept = [then] if self.config.retention == "exact" else []
+            return Sum(task, self.scale)
         assert isinstance(gate, Gate)
-        return [Gated(shared, task, gate, self.scale) for shared in (self.shared, *kept) if isinstance(shared, Expert)]
+        assert isinstance(shared, Expert)
+        return Gated(shared if self.config.retention == "exact" else self.shared, task, gate, self.scale)
 
     @property
     def _task(self) -> str:
