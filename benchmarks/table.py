@@ -1,4 +1,4 @@
-"""The measured numbers of docs/benchmarks.md, rendered from benchmarks/results/*.json so that they cannot drift.
+"""The measured numbers of docs/benchmarks.md, rendered from benchmarks/results/ so that they cannot drift.
 
 python benchmarks/table.py            print them
 python benchmarks/table.py --write    put them into docs/benchmarks.md
@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from measure import met, run
+from moecl.report.bench import sections
+from moecl.report.page import Figure, Page, Section, markdown
+from moecl.report.read import Bench, read
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
+MARK = "<!-- {}{} -->"
+QUALITY = ("", "Methods", "Who is ahead", "By task", "What was tuned")  # of a bench's report; the rest is its protocol
 
 Result = dict[str, Any]
 
@@ -72,21 +76,45 @@ def machines(results: Sequence[Result]) -> Iterator[str]:
         )
 
 
-def placed(page: str, measured: str) -> str:
-    """The page with what stands between its marks replaced."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{measured}\n\n{END}{after}"
+def quality(folder: Path = RESULTS / "quality") -> str:
+    """What `moecl report` says of each bench that has a finished cell."""
+    found = [read(path.parent) for path in sorted(folder.glob("*/bench.json"))]
+    benches = [bench for bench in found if isinstance(bench, Bench) and bench.results]
+    return "\n\n".join(map(of_bench, benches)) or "Nothing is measured yet."
+
+
+def of_bench(bench: Bench) -> str:
+    named, level = f"Bench {bench.name}", 3
+    parts, _, _ = sections(bench, named)
+    shown = [
+        Section(part.title, [block for block in part.blocks if not isinstance(block, Figure)], part.level + 1)
+        for part in parts
+        if part.title in (named, *QUALITY)
+    ]
+    assert shown[0].level == level
+    return markdown(Page("", shown)).partition("\n\n")[2].strip()
+
+
+def placed(page: str, name: str, measured: str) -> str:
+    """The page with what stands between the marks `name` replaced."""
+    begin, end = MARK.format("", name), MARK.format("/", name)
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n\n{measured}\n\n{end}{after}"
+
+
+def whole(page: str) -> str:
+    """The page as it should be."""
+    return placed(placed(page, "measured", render(read_results())), "quality", quality())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--write", action="store_true", help="put them into docs/benchmarks.md")
-    measured = render(read_results())
     if made.parse_args(argv).write:
-        PAGE.write_text(placed(PAGE.read_text(), measured))
+        PAGE.write_text(whole(PAGE.read_text()))
     else:
-        print(measured)
+        print(render(read_results()), quality(), sep="\n\n")
 
 
 if __name__ == "__main__":
