@@ -227,6 +227,9 @@ class StreamConfig(Settings):
     evaluate: Literal["all", "seen", "next"] = Field(
         default="all", description="tasks tested after each task: all, those learned, or those and the next"
     )
+    router: bool = Field(
+        default=True, description="with each task learn to tell its texts from others', for answers without a task"
+    )
     train: TrainConfig = Field(default_factory=TrainConfig, description="how each task is trained")
     tasks: list[TaskConfig] = Field(min_length=1, description="the tasks, in the order in which they are learned")
 
