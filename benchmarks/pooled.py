@@ -1,4 +1,4 @@
-"""What the router might see of a text: hidden states of the frozen base, by layer and pooling, kept in a scratch folder.
+"""What the router might see of a text: hidden states of the frozen base, by layer and pooling; kept in a folder.
 
 Each text runs alone, without padding, so that its numbers do not depend on its neighbours.
 """

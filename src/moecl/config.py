@@ -75,6 +75,8 @@ class Task(Settings):
                 f"{show(name)} cannot be a file name; use letters, digits, '.', '_' and '-', "
                 "start with a letter or digit, and stay within 64 characters"
             )
+        if name.casefold() == "auto":
+            raise problem(f"{show(name)} stands for whichever task a text is for; choose another name")
         return name
 
     @field_validator("instruction")

@@ -7,8 +7,9 @@ scatters of all tasks come to, shrunk towards its diagonal by the oracle-approxi
 Hero 2010, arXiv 0907.4698), taken of correlations, so that a feature's unit does not matter. How familiar a row is says
 the cosine, under C^-1, of x - c with the nearest m_t - c: rows of no task have no reason to point at one.
 
-Temperature and threshold need rows that the means were not taken of, and rows of no task. The first are drawn: of each
-task from the Gaussian of its validation rows. The second are these, seen by a discriminant that lacks their own task.
+Temperature and threshold need rows that the means were not taken of, and rows of no task. The first are drawn: around
+the mean of each task's validation rows, correlated as all of these are, as far away and as unevenly as its own are. The
+second are these, seen by a discriminant that lacks their own task.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,15 +30,18 @@ LEAST_TASKS = 3  # below which leaving one out leaves nothing to tell apart
 
 @dataclass
 class Moments:
-    """Rows of many tasks: of each the count and the mean [D]; of all one scatter [D, D], and its degrees of freedom.
+    """Rows of many tasks: of each the mean [D], of all one scatter [D, D], and its degrees of freedom.
 
-    Sums alone, so the order of the tasks does not matter. They are rounded as they are stored, after each task, so that
-    what goes on from a store ends with the same bits.
+    `powers`: how far a task's rows lie from its mean, squared, on average; `spreads`: the variance of that from row to
+    row, over its squared mean (texts of all lengths lie at all distances). Sums alone, so the order of the tasks does
+    not matter. They are rounded as they are stored, after each task, so that what goes on from a store ends with the
+    same bits.
     """
 
     width: int
-    counts: dict[str, int] = field(default_factory=dict)
     means: dict[str, Floats] = field(default_factory=dict)
+    powers: dict[str, float] = field(default_factory=dict)
+    spreads: dict[str, float] = field(default_factory=dict)
     freedom: int = 0
 
     def __post_init__(self) -> None:
@@ -45,17 +49,20 @@ class Moments:
 
     def add(self, task: str, rows: NDArray[np.floating]) -> None:
         """rows [n, D], n from 1 on."""
-        assert task not in self.counts, f"{task} is there already"
+        assert task not in self.means, f"{task} is there already"
         rows = rows.astype(np.float64)
         mean = rows.mean(axis=0)
-        self.counts[task], self.means[task] = len(rows), as_stored(mean)
+        away = ((rows - mean) ** 2).sum(axis=1)
+        self.means[task] = as_stored(mean)
+        self.powers[task] = float(np.float32(away.sum() / max(len(rows) - 1, 1)))
+        self.spreads[task] = float(np.float32(away.var() / away.mean() ** 2 if away.any() else 0.0))
         self.scatter = as_stored(self.scatter + (rows - mean).T @ (rows - mean))
         self.freedom += len(rows) - 1
 
     def keep(self, tasks: Iterable[str]) -> None:
         """Forget the other tasks; how their rows scattered stays, for it cannot be told apart."""
-        for task in self.counts.keys() - set(tasks):
-            del self.counts[task], self.means[task]
+        for task in self.means.keys() - set(tasks):
+            del self.means[task], self.powers[task], self.spreads[task]
 
     def correlations(self) -> tuple[Floats, Floats]:
         """(C's correlations, shrunk [D, D]; deviations [D])."""
@@ -71,22 +78,23 @@ class Moments:
         upper = np.triu_indices(self.width)
         found = {f"{prefix}.scatter": self.scatter[upper], f"{prefix}.freedom": np.array([self.freedom])}
         for task, mean in self.means.items():
-            found |= {f"{prefix}.{task}.mean": mean, f"{prefix}.{task}.count": np.array([self.counts[task]])}
+            shape = np.array([self.powers[task], self.spreads[task]])
+            found |= {f"{prefix}.{task}.mean": mean, f"{prefix}.{task}.shape": shape}
         return {name: one.astype(np.float32) for name, one in found.items()}
 
     @classmethod
-    def of(cls, tensors: Mapping[str, NDArray[np.floating]], prefix: str, width: int) -> Self:
-        """The inverse of `tensors`. KeyError or ValueError where these are not of this width."""
-        made = cls(width)
-        upper = np.triu_indices(width)
-        made.scatter[upper] = tensors[f"{prefix}.scatter"]
+    def of(cls, tensors: Mapping[str, NDArray[np.floating]], prefix: str) -> Self:
+        """The inverse of `tensors`. KeyError where these are of something else."""
+        upper = tensors[f"{prefix}.scatter"]
+        made = cls(int((8 * len(upper) + 1) ** 0.5 - 1) // 2)
+        made.scatter[np.triu_indices(made.width)] = upper
         made.scatter += np.triu(made.scatter, 1).T
         made.freedom = int(tensors[f"{prefix}.freedom"][0])
-        for name in tensors:
+        for name, tensor in tensors.items():
             if name.startswith(f"{prefix}.") and name.endswith(".mean"):
                 task = name.removeprefix(f"{prefix}.").removesuffix(".mean")
-                made.means[task] = tensors[name].astype(np.float64).reshape(width)
-                made.counts[task] = int(tensors[f"{prefix}.{task}.count"][0])
+                made.means[task] = tensor.astype(np.float64)
+                made.powers[task], made.spreads[task] = map(float, tensors[f"{prefix}.{task}.shape"])
         return made
 
 
@@ -178,9 +186,21 @@ def log_shares(scores: Floats, temperature: float) -> Floats:
     return found
 
 
-def draw(moments: Moments, tasks: int) -> Floats:
-    """Rows [n, D] around 0, scattered as `moments` are; the same for every task, whatever their order."""
-    correlations, deviations = moments.correlations()
-    noise = np.random.default_rng(0).standard_normal((max(LEAST_DRAWN, DRAWN // tasks), moments.width))
-    found: Floats = (noise @ np.linalg.cholesky(correlations).T) * deviations
-    return found
+class Drawn:
+    """Rows around 0 [n, D], scattered as the rows behind `moments`; the same ones for a task, whatever the others."""
+
+    def __init__(self, moments: Moments, tasks: int) -> None:
+        self.moments, draws = moments, np.random.default_rng(0)
+        count = max(LEAST_DRAWN, DRAWN // tasks)
+        correlations, deviations = moments.correlations()
+        normal = draws.standard_normal((count, moments.width))
+        self.rows: Floats = (normal @ np.linalg.cholesky(correlations).T) * deviations
+        self.sizes = draws.standard_normal(count)
+
+    def factors(self, task: str) -> Floats:
+        """[n, 1]: what makes the rows lie as far away as the task's own, and as unevenly (log-normal)."""
+        pooled = np.trace(self.moments.scatter) / max(self.moments.freedom, 1)
+        scale = self.moments.powers[task] / pooled if pooled > 0 else 1.0
+        width = np.log1p(self.moments.spreads[task])
+        found: Floats = np.sqrt(scale * np.exp(self.sizes * np.sqrt(width) - width / 2))
+        return found[:, None]

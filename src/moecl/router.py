@@ -1,6 +1,6 @@
 """Which task is this text for? Or for none of them: `task="auto"`.
 
-The frozen base reads the text alone, without an instruction, up to the middle of its layers. What it then knows of the
+The frozen base reads the text alone, without an instruction, up to a quarter of its layers. What it then knows of the
 text is the mean, over tokens, of the directions of their hidden states: lengths are left out, for the first token's is
 thousands of times the others' (Xiao et al. 2023, arXiv 2309.17453). discriminant.py says whose such a vector is.
 """
@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from moecl.bank import fitting
 from moecl.data.derived import Derived
-from moecl.discriminant import Calibration, Discriminant, Moments, Whitener, calibrate, draw, log_shares
-from moecl.errors import BaseError
+from moecl.discriminant import Calibration, Discriminant, Drawn, Moments, Whitener, calibrate, log_shares
+from moecl.errors import BaseError, StoreError
 from moecl.model import MoECL
 from moecl.prefix import each_alone, space
 from moecl.store import Store, TaskRecord
@@ -28,7 +28,7 @@ from moecl.store import Store, TaskRecord
 STATE = "router"  # what a store's state for further learning calls it
 TOKENS = 128  # of a text, from its start, that are read
 MOST_ROWS = 2000  # of a split that the statistics are taken of
-FALSE_ACCEPT = 0.05
+FALSE_ACCEPT = 0.1
 MOST_BYTES = 10**9  # of what the cache keeps of splits
 
 Floats32 = NDArray[np.float32]
@@ -56,13 +56,13 @@ class Statistics:
 
     @classmethod
     def empty(cls, width: int, layers: int) -> Self:
-        return cls(Moments(width), Moments(width), layers // 2)
+        return cls(Moments(width), Moments(width), min(-(-layers // 4), layers - 1))
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], width: int) -> Self:
-        """The inverse of `tensors`. Raises KeyError or ValueError where these are another base's."""
+    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """The inverse of `tensors`. Raises KeyError where these are something else."""
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-        train, held = (Moments.of(arrays, name, width) for name in ("train", "held"))
+        train, held = (Moments.of(arrays, name) for name in ("train", "held"))
         return cls(train, held, int(arrays["layer"][0]), round(float(arrays["false_accept"][0]), 6))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ class Statistics:
 
     def known(self, records: Iterable[TaskRecord]) -> dict[str, str]:
         """Task -> key, of those that there are statistics of."""
-        return {record.name: found for record in records if (found := key_of(record)) in self.train.counts}
+        return {record.name: found for record in records if (found := key_of(record)) in self.train.means}
 
 
 def key_of(record: TaskRecord) -> str:
@@ -169,9 +169,11 @@ class Router:
 
         Raises StoreError where these are damaged or of another base.
         """
-        statistics = read(model, store)
+        statistics = read(store)
         if statistics is None or not (tasks := statistics.known(store.tasks())):
             return None
+        if statistics.train.width != model.geometry.hidden_size:
+            raise StoreError(f"{store.path}: its router statistics are another base's; restore the store from a copy")
         if model.tokenizer is None:
             raise BaseError("base: no tokenizer; load the model with MoECL.from_pretrained, which finds it")
         return cls(Features(model, model.tokenizer, statistics.layer), statistics, tasks)
@@ -186,32 +188,47 @@ class Router:
 
     def routes(self, features: Floats32) -> list[Route]:
         """Of features [n, D]."""
-        scores, familiar = self.discriminant.see(self.white(features))
-        least = self.calibration.threshold
-        shares = np.exp(log_shares(scores, self.calibration.temperature))
+        shares, familiar = self.see(features)
         return [
-            Route(
-                None if least is not None and known < least else self.tasks[int(own.argmax())],
-                dict(zip(self.tasks, own.tolist(), strict=True)),
-            )
-            for own, known in zip(shares, familiar, strict=True)
+            Route(self.tasks[int(own.argmax())] if known else None, dict(zip(self.tasks, own.tolist(), strict=True)))
+            for own, known in zip(shares, self.accepts(familiar), strict=True)
         ]
+
+    def see(self, features: Floats32) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of features [n, D] the shares [n, tasks], and how familiar each text is [n]."""
+        scores, familiar = self.discriminant.see(self.white(features))
+        return np.exp(log_shares(scores, self.calibration.temperature)), familiar
+
+    def familiar_without(self, task: str, features: Floats32) -> NDArray[np.float64]:
+        """[n]: how familiar texts would be, had `task` not been learned. For three tasks and more."""
+        return self.discriminant.without(task).see(self.white(features))[1]
+
+    def accepts(self, familiar: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """[n]: whether a text is taken to be for one of the tasks."""
+        least = self.calibration.threshold
+        return np.full(len(familiar), True) if least is None else familiar >= least
 
     def white(self, features: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         return self.whitener(features.astype(np.float64) - self.origin)
 
     def _calibrate(self, false_accept: float) -> Calibration:
-        """By rows that are drawn around each task's validation rows; around its training rows where it has none."""
+        """By rows drawn as its validation rows lie around their means; where there are none, as its training rows."""
         train, held = self.statistics.train, self.statistics.held
-        scattered = self.white(draw(held if held.freedom else train, len(self.keys)) + self.origin)
-        means = self.white(np.stack([held.means.get(one, train.means[one]) for one in self.keys]))
-        return calibrate(self.discriminant, [scattered + mean for mean in means], false_accept)
+        drawn = {id(one): Drawn(one, len(self.keys)) for one in (train, held) if one.freedom}
+        white = {one: self.whitener(rows.rows) for one, rows in drawn.items()}
+        found = []
+        for key in self.keys:
+            moments = held if key in held.means and held.freedom else train
+            mean = self.white(moments.means[key][None])
+            rows = drawn.get(id(moments))
+            found.append(mean if rows is None else mean + white[id(moments)] * rows.factors(key))
+        return calibrate(self.discriminant, found, false_accept)
 
 
-def read(model: MoECL, store: Store) -> Statistics | None:
+def read(store: Store) -> Statistics | None:
     """A store's statistics, where it has any. Raises StoreError."""
     tensors = store.training(STATE).get(STATE)
     if tensors is None:
         return None
     with fitting(f"{store.path}: its router statistics"):
-        return Statistics.of(tensors, model.geometry.hidden_size)
+        return Statistics.of(tensors)

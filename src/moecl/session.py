@@ -165,7 +165,7 @@ class Session:
             with fitting(f"{self.store.path}: its state for further learning"):
                 state = self.store.training()
                 if STATE in state:
-                    self.statistics = Statistics.of(state.pop(STATE), self.model.geometry.hidden_size)
+                    self.statistics = Statistics.of(state.pop(STATE))
                 self.method.restore(state)
         self.model.bank.moving = self.method.moving()
         for course in self.courses:
