@@ -23,7 +23,6 @@ from moecl.model import MoECL
 from moecl.router import TOKENS, Features, Router, Statistics
 from pooled import POOLINGS, SPLITS, Pooled, Reader, sources
 
-TARGETS = {"routed_right_mtl5": {">=": 0.95}}
 RATES = (0.01, 0.05, 0.1, 0.2)
 OURS = "mean_of_directions"  # what router.py has
 Rows = dict[str, dict[str, NDArray[np.float32]]]  # task -> split -> [texts, D]
@@ -154,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = arguments().parse_args(argv)
     start(options)
     precision = resolve_precision(options.precision, "cpu")[0]
-    report = Report("router", TARGETS)
+    report = Report("router", {})
     counts = dict(zip(SPLITS, (options.rows, *[-(-2 * options.rows // 3)] * 2), strict=True))
     with TemporaryDirectory() as scratch, torch.inference_mode():
         layers = layers_of(options.base, precision)
