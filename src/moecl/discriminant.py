@@ -106,7 +106,7 @@ def oracle_shrinkage(correlations: Floats, freedom: int) -> float:
     """How much of the off-diagonal is noise, where it was taken of so many rows; 1 without rows.
 
     >>> oracle_shrinkage(np.eye(3), 100), round(oracle_shrinkage(np.full((3, 3), 0.9) + np.eye(3) * 0.1, 100), 3)
-    (1.0, 0.018)
+    (1.0, 0.024)
     """
     width = len(correlations)
     squares, most = float((correlations**2).sum()), float(width**2)
