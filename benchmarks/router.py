@@ -132,10 +132,10 @@ def measure_stream(report: Report, name: str, pooled: Mapping[str, Pooled], laye
     rows = picked(pooled, 0, list(POOLINGS).index(OURS))
     found = router(rows)
     report.ratio(f"routed_right_{name}", [right(found, rows, "test")])
-    report.figures[name] = {"validation": compared, "calibration": calibration(found, rows, "test")}
+    report.figures["streams"][name] = {"validation": compared, "calibration": calibration(found, rows, "test")}
     if len(rows) >= LEAST_TASKS:
         points = abstention(rows, "test")
-        report.figures[name] |= {"abstention": points}
+        report.figures["streams"][name] |= {"abstention": points}
         for point in points:
             if point["wanted"] in (0.05, 0.1):
                 report.ratio(f"false_accepts_at_{point['wanted']:g}_{name}", [point["false_accepts"]])
@@ -166,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
     if len(streams) > 1:
         streams["all"] = {task: found for tasks in streams.values() for task, found in tasks.items()}
+    report.figures["streams"] = {}
     for name, pooled in streams.items():
         measure_stream(report, name, pooled, layers)
     rows = picked(pooled, 0, list(POOLINGS).index(OURS))
