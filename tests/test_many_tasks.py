@@ -41,6 +41,8 @@ def grown(run: Path, folder: Path, count: int, **train: object) -> Path:
     model.finish_task()
     shutil.rmtree(folder / "store")
     model.save_pretrained(folder / "store")
+    store = Store.open(folder / "store")
+    store.commit(training={**store.training(), **Store.open(run / "store").training("router")})
     place, before = RunFolder(folder), Result.load(run / "result.json")
     config = place.config()
     tasks = [config.tasks[0].model_copy(update={"name": name}) for name in names]
