@@ -392,7 +392,8 @@ def fetch(
 def cache_list(as_json: AsJson = False) -> None:
     """List what is in the cache.
 
-    Beside assets: `tokens` and `prefix`, your texts as tokens and as what a base's frozen lower layers give for them.
+    Beside assets: `tokens`, `prefix` and `features`, your texts as tokens, as what a base's frozen lower layers give for
+    them, and as what the router reads of them.
     """
     from moecl.data import derived
     from moecl.data.assets import cache_dir, cached
@@ -416,7 +417,7 @@ def cache_clear(
 ) -> None:
     """Remove what is in the cache; it is fetched or computed again when needed.
 
-    `tokens` and `prefix` derive from your texts: clear them where these must not stay on this machine.
+    `features`, `tokens` and `prefix` derive from your texts: clear them where these must not stay on this machine.
     """
     from moecl.data import derived
     from moecl.data.assets import ASSETS, cache_dir, clear
