@@ -392,8 +392,8 @@ def fetch(
 def cache_list(as_json: AsJson = False) -> None:
     """List what is in the cache.
 
-    Beside assets: `tokens`, `prefix` and `features`, your texts as tokens, as what a base's frozen lower layers give for
-    them, and as what the router reads of them.
+    Beside assets: `tokens`, `prefix` and `features`, your texts as tokens, as what a base's frozen lower layers give
+    for them, and as what the router reads of them.
     """
     from moecl.data import derived
     from moecl.data.assets import cache_dir, cached
