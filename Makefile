@@ -32,6 +32,7 @@ bench: install
 	@test -n "$(DATA)" || { echo "make bench: train_stream needs texts: make bench DATA=a folder of folders with train.jsonl and task.json" >&2; exit 2; }
 	set -e; for name in train_step predict generate many_tasks; do $(BIN)/python benchmarks/$$name.py --json benchmarks/results/$$name.json; done
 	$(BIN)/python benchmarks/train_stream.py --data "$(DATA)" --json benchmarks/results/train_stream.json
+	$(BIN)/python benchmarks/router.py --data "$(DATA)" --json benchmarks/results/router.json
 	$(BIN)/python benchmarks/table.py --write
 
 clean:

@@ -28,10 +28,11 @@ def read_results(folder: Path = RESULTS) -> list[Result]:
 
 
 def render(results: Sequence[Result]) -> str:
-    """Every ratio against its target, the floors of a step, and where each benchmark ran."""
+    """Every ratio against its target, what single benchmarks have beside ratios, and where each ran."""
     if not results:
         return "Nothing is measured yet."
-    tables = [list(ratios(results)), *(list(floors(result)) for result in results), list(machines(results))]
+    own = [list(rows(result)) for result in results for rows in (floors, layers, abstention)]
+    tables = [list(ratios(results)), *own, list(machines(results))]
     return "\n\n".join("\n".join(lines) for lines in tables if lines)
 
 
@@ -63,6 +64,29 @@ def floors(result: Result) -> Iterator[str]:
             least, taken = floor[f"{side}_seconds"], figures[f"step_seconds_{precision}"][side]["median"]
             numbers = " | ".join(f"{value:.3g}" for value in [*counted, least, taken, taken / least])
             yield f"| {precision} | {side} | {numbers} |"
+
+
+def layers(result: Result) -> Iterator[str]:
+    """What the router was chosen from: on validation rows, the share sent to their task / how well none's stand out."""
+    streams = {name: found["validation"] for name, found in result["figures"].get("streams", {}).items()}
+    if streams:
+        yield f"| read of a text | {' | '.join(streams)} |"
+        yield f"|---|{'---|' * len(streams)}"
+        for what in next(iter(streams.values())):
+            cells = [" / ".join(f"{value:.3f}" for value in found[what].values()) for found in streams.values()]
+            yield f"| {what.replace('_', ' ')} | {' | '.join(cells)} |"
+
+
+def abstention(result: Result) -> Iterator[str]:
+    """On test rows: what a wanted rate of false accepts comes to."""
+    known = result["figures"].get("streams", {})
+    streams = {name: found["abstention"] for name, found in known.items() if "abstention" in found}
+    if streams:
+        yield "| stream | wanted | false accepts | accepted of the tasks' own | of these right |"
+        yield "|---|---|---|---|---|"
+        for name, points in streams.items():
+            for point in points:
+                yield f"| {name} | {' | '.join(f'{value:.3g}' for value in point.values())} |"
 
 
 def machines(results: Sequence[Result]) -> Iterator[str]:

@@ -24,12 +24,14 @@ BOTTOM = {
     "config",
     "method_config",
     "compare",
+    "discriminant",
     "metrics",
     "results",
     "review",
     "review_measure",
     "review_rows",
     "review_tables",
+    "routing",
     "run_folder",
     "stats",
     "_atomic",
@@ -40,11 +42,22 @@ BOTTOM = {
     "_yaml",
 }
 STORE = {"store", "_card", "_manifest"}
-TRAIN = {"train", "session", "course", "evidence", "task_trainer", "feed"}
+TRAIN = {"train", "session", "start", "course", "evidence", "task_trainer", "feed"}
 BENCH = {"bench", "bench_cells", "bench_ray", "bench_record", "bench_tune", "bench_worker"}
-COMMANDS = {"cli", "cli_bench", "cli_compare", "cli_review"}
+COMMANDS = {"cli", "cli_bench", "cli_compare", "cli_review", "cli_router"}
 TOP = {
-    *("server", "cli_report", "review_page", "show", "show_bench", "watch", "terminal", "using", "estimate"),
+    *(
+        "server",
+        "cli_report",
+        "review_page",
+        "show",
+        "show_bench",
+        "watch",
+        "terminal",
+        "using",
+        "estimate",
+        "route_store",
+    ),
     "__main__",
     *COMMANDS,
 }
@@ -71,10 +84,11 @@ ALLOWED = {
     "model": {"nn", "data", "store", "backbone", "bank"},
     "prefix": {"nn", "data", "store", "backbone", "bank", "model"},
     "engine": {"nn", "data", "store", "bank", "model", "prefix"},
-    "router": {"nn", "data", "store", "bank", "model"},
+    "router": {"nn", "data", "store", "bank", "model", "prefix"},
     "evaluate": {"data", "engine"},
-    "general": {"data", "model", "engine"},
-    "train": {"methods", "data", "store", "backbone", "bank", "model", "prefix", "engine", "evaluate"},
+    "general": {"nn", "data", "model", "engine"},
+    "routed": {"data", "engine", "router", "evaluate"},
+    "train": {"methods", "data", "store", "backbone", "bank", "model", "prefix", "engine", "router", "evaluate"},
     "bench": {"train", "data", "methods"},
     "report": set(),
 }

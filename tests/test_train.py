@@ -220,7 +220,7 @@ def test_the_papers_setting(tmp_path, tiny_folder):
     assert len({found["gate"] for found in parts}) == len({found["shared"] for found in parts}) == 1
     settings = store.record("task0").settings
     assert settings == {"method": "moe-cl", "seed": 0, "scale": 2.0, **config.method.model_dump(exclude={"name"})}
-    assert store.training().keys() == {"shared", "gate", "discriminator", "memory"}
+    assert store.training().keys() == {"shared", "gate", "discriminator", "memory", "router"}
     loaded = MoECL.from_pretrained(tmp_path / "run")
     assert loaded.config == config.method
     assert loaded.bank["task0"].parts.shared is loaded.bank["task2"].parts.shared

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from moecl.method_config import MoECLConfig
     from moecl.model import MoECL
     from moecl.results import Result
+    from moecl.router import Router
     from moecl.store import Store
     from moecl.train import ContinualTrainer, learn
 
@@ -21,6 +22,7 @@ __all__ = [
     "MoECLError",
     "Prediction",
     "Result",
+    "Router",
     "Store",
     "StreamConfig",
     "Task",
@@ -36,6 +38,7 @@ _HOMES = {
     "MoECLError": "errors",
     "Prediction": "engine",
     "Result": "results",
+    "Router": "router",
     "Store": "store",
     "StreamConfig": "config",
     "Task": "config",

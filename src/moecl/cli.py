@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from typer.main import get_command
 
-from moecl import cli_bench, cli_compare, cli_review
+from moecl import cli_bench, cli_compare, cli_review, cli_router
 from moecl._sizes import parse_size, size
 from moecl.errors import AssetError, ConfigError, RunError, near
 from moecl.terminal import Command, CommandWithKeys, explain, quietly
@@ -244,7 +244,8 @@ app.command(cls=cli_bench.BenchCommand, epilog=cli_bench.EPILOG)(cli_bench.bench
 @app.command(
     cls=Command,
     epilog="moecl predict runs/mine comments.txt --task reviews\necho 'I like it.' | moecl predict runs/mine\n"
-    "moecl predict runs/mine new.jsonl --task reviews --thresholds runs/mine/review/thresholds.json",
+    "moecl predict runs/mine new.jsonl --task reviews --thresholds runs/mine/review/thresholds.json\n"
+    "moecl predict runs/mine new.jsonl --task auto",
 )
 def predict(
     run: Run,
@@ -265,6 +266,7 @@ def predict(
 
     Each has the `label` and the `scores` of all labels; for a generation task `label` is the text that was written.
     A row's own label, where it has one, comes back as `true`. `decision` is the label, or `review` for a human.
+    `--task auto`: each text finds its task; lines also have `task` (null, as `label`, for a text of none) and `route`.
     """
     if file is None and sys.stdin.isatty():
         err.print("rows from the terminal, one a line; Ctrl-D ends", style="dim")
@@ -275,7 +277,12 @@ def predict(
             print("\n".join(json.dumps(one, ensure_ascii=False) for one in found), flush=True)
 
 
-@app.command("eval", cls=Command, epilog="moecl eval runs/mine\nmoecl eval runs/mine --task reviews --split validation")
+@app.command(
+    "eval",
+    cls=Command,
+    epilog="moecl eval runs/mine\nmoecl eval runs/mine --task reviews --split validation\n"
+    "moecl eval runs/mine --task auto",
+)
 def evaluate(
     run: Run,
     tasks: Annotated[
@@ -288,13 +295,18 @@ def evaluate(
 ) -> None:
     """Score a run's tasks as they are now.
 
-    The rows are those of the splits that the run's config.yaml names.
+    The rows are those of the splits that the run's config.yaml names. `--task auto`: every task with and without its
+    name, where texts find their task themselves; of the test split it is kept for `moecl report`.
     """
     from moecl.show import show_scores
     from moecl.using import scores
 
     if split not in SPLITS:
         raise ConfigError(f"--split: {split!r} is none of {', '.join(SPLITS)}{near(split, SPLITS)}")
+    if "auto" in (tasks or []):
+        found = cli_router.evaluate_auto(err, run, tasks or [], split, device or "auto", expert_memory)
+        print(found.model_dump_json(by_alias=True)) if as_json else cli_router.show_routing(out, found)
+        return
     with learning() as watching:
         rows = scores(run, tasks or [], split, device or "auto", expert_memory, watching)
     print(json.dumps(rows, ensure_ascii=False)) if as_json else show_scores(out, rows)
@@ -315,6 +327,7 @@ def tasks(run: Run, as_json: AsJson = False) -> None:
 
 app.command(cls=Command, epilog=cli_compare.EXAMPLES)(cli_compare.compare)
 app.command(cls=Command, epilog=cli_review.EXAMPLES)(cli_review.review)
+app.command(cls=Command, epilog=cli_router.EXAMPLES)(cli_router.router)
 
 
 # Preparing
@@ -379,7 +392,8 @@ def fetch(
 def cache_list(as_json: AsJson = False) -> None:
     """List what is in the cache.
 
-    Beside assets: `tokens` and `prefix`, your texts as tokens and as what a base's frozen lower layers give for them.
+    Beside assets: `tokens`, `prefix` and `features`, your texts as tokens, as what a base's frozen lower layers give
+    for them, and as what the router reads of them.
     """
     from moecl.data import derived
     from moecl.data.assets import cache_dir, cached
@@ -403,7 +417,7 @@ def cache_clear(
 ) -> None:
     """Remove what is in the cache; it is fetched or computed again when needed.
 
-    `tokens` and `prefix` derive from your texts: clear them where these must not stay on this machine.
+    `features`, `tokens` and `prefix` derive from your texts: clear them where these must not stay on this machine.
     """
     from moecl.data import derived
     from moecl.data.assets import ASSETS, cache_dir, clear

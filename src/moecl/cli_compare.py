@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """moecl compare runs/released runs/candidate
 moecl compare runs/released runs/candidate --max-drop 0.02 --confident -o compare.json
-moecl compare runs/released runs/candidate --general texts.txt"""
+moecl compare runs/released runs/candidate --general texts.txt
+moecl compare runs/released runs/candidate --general texts.txt --route auto"""
 FAILED = 3
 
 out, err = Console(), Console(stderr=True)
@@ -38,6 +39,12 @@ def compare(
         Path | None,
         typer.Option("--general", metavar="FILE", help='Texts of no task too: JSONL with "text", or one a line.'),
     ] = None,
+    route: Annotated[
+        str | None,
+        typer.Option(
+            "--route", metavar="auto", help="For --general: as each text's own task has it; default the base."
+        ),
+    ] = None,
     device: Annotated[
         str, typer.Option("--device", metavar="DEVICE", help="For --general: auto, cpu, cuda ...")
     ] = "auto",
@@ -53,6 +60,7 @@ def compare(
     task that NEW lacks fails; a new one is shown. Both runs must have been tested on the same rows, else exit 2.
 
     --general: mean log p a token under the base of each run; it fails where the loss rises by more than that share.
+    With --route auto under the task that each run's router finds a text to be for, and under the base for none.
     """
     from moecl.compare import Comparison, compare_tasks, compare_texts, failed, read_result, to_json
 
@@ -60,11 +68,13 @@ def compare(
         raise ConfigError("--strict, --confident: they contradict each other; give one")
     if output is not None and not output.absolute().parent.is_dir():
         raise RunError(f"-o {output}: no folder {output.parent}; make it first")
+    if route is not None and (route != "auto" or general is None):
+        raise ConfigError("--route: it is auto or not given, and needs --general FILE")
     decides: Decides = "strict" if strict else "confident" if confident else "point"
     tasks = compare_tasks(read_result(old), read_result(new), max_drop, decides)
     texts = None
     if general is not None:
-        texts = compare_texts(*predicted(general, old, new, device), max_drop, decides)
+        texts = compare_texts(*predicted(general, old, new, device, route), max_drop, decides)
     found = Comparison(
         old=str(old),
         new=str(new),
@@ -93,8 +103,8 @@ def swapped(tasks: "list[TaskChange]") -> str:
     return " (are OLD and NEW the right way round?)" if "not in NEW" in reasons and "not in OLD" not in reasons else ""
 
 
-def predicted(file: Path, old: Path, new: Path, device: str) -> "tuple[TextLosses, TextLosses]":
-    """The texts' losses under the base of each run."""
+def predicted(file: Path, old: Path, new: Path, device: str, route: str | None) -> "tuple[TextLosses, TextLosses]":
+    """The texts' losses under the base of each run, or under the task that its router finds."""
     from moecl.using import open_store
 
     texts = read_texts(file)
@@ -102,10 +112,14 @@ def predicted(file: Path, old: Path, new: Path, device: str) -> "tuple[TextLosse
     with quietly(), err.status("reading the texts"):
         from moecl.engine import Engine
         from moecl.general import text_losses
-        from moecl.using import load
+        from moecl.using import load, router_of
 
-        before, after = (text_losses(Engine(load(store, device, "2GB")), texts) for store in stores)
-    return before, after
+        found = []
+        for store in stores:
+            model = load(store, device, "2GB")
+            names = [one.task for one in router_of(model, store).route(texts)] if route else None
+            found.append(text_losses(Engine(model), texts, names))
+    return found[0], found[1]
 
 
 def read_texts(file: Path) -> list[str]:

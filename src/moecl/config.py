@@ -75,6 +75,8 @@ class Task(Settings):
                 f"{show(name)} cannot be a file name; use letters, digits, '.', '_' and '-', "
                 "start with a letter or digit, and stay within 64 characters"
             )
+        if name.casefold() == "auto":
+            raise problem(f"{show(name)} stands for whichever task a text is for; choose another name")
         return name
 
     @field_validator("instruction")
@@ -226,6 +228,9 @@ class StreamConfig(Settings):
     )
     evaluate: Literal["all", "seen", "next"] = Field(
         default="all", description="tasks tested after each task: all, those learned, or those and the next"
+    )
+    router: bool = Field(
+        default=True, description="with each task learn to tell its texts from others', for answers without a task"
     )
     train: TrainConfig = Field(default_factory=TrainConfig, description="how each task is trained")
     tasks: list[TaskConfig] = Field(min_length=1, description="the tasks, in the order in which they are learned")

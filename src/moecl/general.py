@@ -9,6 +9,7 @@ from moecl.compare import TextLosses
 from moecl.data.encode import IGNORED, token_batches
 from moecl.engine import MAX_LENGTH, Engine
 from moecl.model import TaskNames
+from moecl.nn.call import run_with
 
 BATCH_TOKENS = 1024  # every token's logits are held, V numbers each
 
@@ -41,6 +42,11 @@ def _losses(engine: Engine, rows: Sequence[Sequence[int]], route: TaskNames) -> 
         torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], device=engine.model.device)
         for fill in (engine.pad_id, IGNORED)
     )
-    logits = engine.model(ids, (labels != IGNORED).long(), task=route).logits[:, :-1]  # (B, T - 1, V)
+    call = engine.model.call(route, len(ids), engine.bank)  # the language model's own words, whatever a task's head
+    call.attention_mask = (labels != IGNORED).long()
+    with run_with(call):
+        logits = engine.model.base(ids, attention_mask=call.attention_mask, use_cache=False).logits[
+            :, :-1
+        ]  # (B, T - 1, V)
     found = F.cross_entropy(logits.float().mT, labels[:, 1:], ignore_index=IGNORED, reduction="none")
     return [float(loss) for loss in found.sum(dim=1)]

@@ -6,7 +6,7 @@ They carry no expert and are frozen, so their output depends on the text alone: 
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal
@@ -33,17 +33,7 @@ class Prefixes:
 
     def __init__(self, model: MoECL, base_sha256: str, most_bytes: int, note: Callable[[str], None]) -> None:
         self.model, self.kept = model, Derived("prefix", most_bytes, note)
-        self.base_sha256 = base_sha256
-        self.space = self._space()
-
-    def _space(self) -> bytes:
-        """A digest of all that the bits of a text's prefix depend on, beside the text."""
-        base, device = self.model.base, self.model.device
-        config = {key: value for key, value in base.config.to_dict().items() if not key.startswith("_")}
-        on = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-        runs = [device.type, on, torch.__version__, transformers.__version__]
-        what = [self.base_sha256, config, base.config._attn_implementation, dtype_name(base), self.model.injected.below]
-        return hashlib.sha256(json.dumps([what, runs], sort_keys=True, default=str).encode()).digest()
+        self.space = space(model, base_sha256, model.injected.below)
 
     def key(self, ids: Sequence[int]) -> str:
         return hashlib.sha256(self.space + json.dumps(list(ids)).encode()).hexdigest()
@@ -72,16 +62,10 @@ class Prefixes:
         places: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for place in missing:
             places[tuple(rows[place])].append(place)
-        threads = torch.get_num_threads()
-        with ThreadPoolExecutor(self._at_once(), initializer=partial(torch.set_num_threads, 1)) as pool:
-            for ids, hidden_states in zip(places, pool.map(self._compute, places), strict=True):
-                self.kept.put(self.key(ids), {"hidden_states": hidden_states})
-                for place in places[ids]:
-                    _part(batch, place, len(ids), side).copy_(hidden_states)
-        torch.set_num_threads(threads)  # each thread has a number of its own, but what new ones start with is shared
-
-    def _at_once(self) -> int:
-        return torch.get_num_threads() if self.model.device.type == "cpu" else 1
+        for ids, hidden_states in zip(places, each_alone(self._compute, places, self.model.device), strict=True):
+            self.kept.put(self.key(ids), {"hidden_states": hidden_states})
+            for place in places[ids]:
+                _part(batch, place, len(ids), side).copy_(hidden_states)
 
     def _compute(self, ids: Sequence[int]) -> Tensor:
         return self.model.injected.prefix(torch.tensor([ids], device=self.model.device))[0].cpu()  # (T, D)
@@ -91,6 +75,27 @@ class Prefixes:
         batch, missing = self.read(rows, side)
         self.fill(batch, missing, rows, side)
         return batch.to(self.model.device)
+
+
+def space(model: MoECL, base_sha256: str, layer: int) -> bytes:
+    """A digest of all that the bits of what enters `layer` for a text depend on, beside the text."""
+    base, device = model.base, model.device
+    config = {key: value for key, value in base.config.to_dict().items() if not key.startswith("_")}
+    on = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    runs = [device.type, on, torch.__version__, transformers.__version__]
+    what = [base_sha256, config, base.config._attn_implementation, dtype_name(base), layer]
+    return hashlib.sha256(json.dumps([what, runs], sort_keys=True, default=str).encode()).digest()
+
+
+def each_alone(
+    compute: Callable[[Sequence[int]], Tensor], rows: Iterable[Sequence[int]], device: torch.device
+) -> Iterator[Tensor]:
+    """`compute` of each row, one intra-op thread each; on a processor as many at once as there are threads."""
+    threads = torch.get_num_threads()
+    at_once = threads if device.type == "cpu" else 1
+    with ThreadPoolExecutor(at_once, initializer=partial(torch.set_num_threads, 1)) as pool:
+        yield from pool.map(compute, rows)
+    torch.set_num_threads(threads)  # each thread has a number of its own, but what new ones start with is shared
 
 
 def prefixes(

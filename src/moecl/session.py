@@ -3,12 +3,13 @@
 import platform
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback
 
 from moecl._sizes import EXPERT_MEMORY
@@ -17,7 +18,7 @@ from moecl.bank import Entry, check_same_base, fitting
 from moecl.config import StreamConfig, Task, TaskConfig
 from moecl.course import Course, Progress, Scored, Watcher
 from moecl.data.derived import Derived
-from moecl.data.task import TaskData, load_task_data, overlaps, read_split
+from moecl.data.task import TaskData, load_task_data, overlaps, read_split, text_alone
 from moecl.data.tokens import MOST_BYTES as TOKEN_BYTES
 from moecl.data.tokens import encode_split
 from moecl.engine import Engine
@@ -30,6 +31,7 @@ from moecl.methods.base import Finished, Method
 from moecl.model import MoECL
 from moecl.prefix import prefixes
 from moecl.results import Items, Result, SplitInfo
+from moecl.router import STATE, KeptFeatures, Statistics, next_key
 from moecl.run_folder import RunFolder
 from moecl.start import Start, Starts
 from moecl.store import Store, TaskRecord
@@ -66,6 +68,7 @@ class Session:
         self._engine = Engine(self.model, self.tokenizer, None, train.eval_batch_tokens, self.prefixes)
         self.starts = Starts(self._engine)
         self.tokens = Derived("tokens", TOKEN_BYTES, watcher.note)
+        self.statistics: Statistics | None = None
         self._check_rows()
         for course in self.courses:
             self._encode(course)
@@ -162,7 +165,10 @@ class Session:
         self.model.load_tasks(self.store, self.expert_memory)
         if self.model.bank:
             with fitting(f"{self.store.path}: its state for further learning"):
-                self.method.restore(self.store.training())
+                state = self.store.training()
+                if STATE in state:
+                    self.statistics = Statistics.of(state.pop(STATE))
+                self.method.restore(state)
         self.model.bank.moving = self.method.moving()
         for course in self.courses:
             if course.data is not None:
@@ -243,9 +249,8 @@ class Session:
         self.folder.save_progress(vars(self.progress))  # before the commit, after which the task is not learned again
         finished = self.method.finish()
         records = [self._record(one.task, finished) for one in courses]
-        self.store.commit(
-            [(record, finished.tensors) for record in records], self.method.export(), finished.moved or None
-        )
+        training = {**self.method.export(), **self._learn_routes(courses)}
+        self.store.commit([(record, finished.tensors) for record in records], training, finished.moved or None)
         self.model.bank.moving = self.method.moving()
         self.model.bank.take(self.store, [self.store.record(one.name) for one in courses])
         for one in courses:
@@ -256,6 +261,19 @@ class Session:
         """What a task not yet learned starts from, if not afresh."""
         old = {} if method is not self.method else {n: e for n, e in self.model.bank.items() if n != course.name}
         return self.starts.best(method, course, old)
+
+    def _learn_routes(self, courses: Sequence[Course]) -> dict[str, dict[str, Tensor]]:
+        """The router's statistics with these tasks added, as the store keeps them; nothing where there are none."""
+        if self.config.router:
+            geometry = self.model.geometry
+            if self.statistics is None:
+                self.statistics = Statistics.empty(geometry.hidden_size, geometry.num_layers)
+            self.statistics.keep(self.store.manifest.tasks)
+            base = self.store.manifest.base.sha256
+            features = KeptFeatures(self.model, self.tokenizer, self.statistics.layer, base, self.watcher.note)
+            for course in courses:
+                self.statistics.learn(features, next_key(self.store, course.name), *texts(course))
+        return {} if self.statistics is None else {STATE: self.statistics.tensors()}
 
     def _record(self, task: Task, finished: Finished) -> TaskRecord:
         return TaskRecord(task=task, form=finished.form, settings={"seed": self.config.train.seed, **finished.settings})
@@ -345,6 +363,13 @@ def remarks(data: TaskData, info: Mapping[str, Mapping[str, Any]]) -> list[str]:
         *(f"{rows} rows of {other} are also in {one}" for one, other, rows in shared),
         *(f"{count} of {rows} {name} rows are cut to max_length" for name, count, rows in cut),
     ]
+
+
+def texts(course: Course) -> Iterator[list[str]]:
+    """What the router learns of a task: its training texts, and its validation texts."""
+    assert course.data is not None
+    for split in (course.data.train, course.data.validation):
+        yield [text_alone(one, course.task) for one in split.examples] if split is not None else []
 
 
 def asked_for(config: StreamConfig, number: int, place: int) -> bool:

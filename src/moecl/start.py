@@ -1,7 +1,5 @@
 """From which of a method's offers a new task starts: the one that fits its training rows best as it is."""
 
-import copy
-import math
 from collections.abc import Mapping
 from functools import partial
 from operator import attrgetter
@@ -12,12 +10,11 @@ import torch
 from moecl.bank import Entry
 from moecl.course import Course
 from moecl.data.encode import collate
-from moecl.engine import Engine, Request
+from moecl.engine import Engine
 from moecl.methods.base import Method
 from moecl.nn.call import Parts
 
-ROWS, BATCH = 32, 16  # training rows on which offers are compared, and texts at once where answers are texts
-LEAST_SHARE = 1e-6  # so that one row cannot outweigh all the others
+ROWS, BATCH = 32, 16  # training rows on which offers are compared, and how many at once
 
 
 class Start(NamedTuple):
@@ -31,8 +28,7 @@ class Starts:
     """Chooses where tasks start from. What a finished task that never changes is worth to another is measured once."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = copy.copy(engine)
-        self.engine.prefixes = None  # texts that are read this once would fill the cache
+        self.engine = engine
         self._known: dict[tuple[str, str], float] = {}
 
     def best(self, method: Method, course: Course, old: Mapping[str, Entry]) -> Start | None:
@@ -58,28 +54,16 @@ class Starts:
             self._known[course.name, name] = self.loss(course, parts)
         return self._known[course.name, name]
 
+    @torch.no_grad()
     def loss(self, course: Course, parts: Parts) -> float:
-        """The mean of -log p of the right answers to the first rows: among the labels, or for texts a token."""
-        of = label_loss if course.task.kind == "classification" else text_loss
-        return of(self.engine.over({course.name: Entry(course.task, parts)}), course)
-
-
-def label_loss(engine: Engine, course: Course) -> float:
-    rows, encoder, labels = course.train[:ROWS], engine.encoder(course.task), list(course.task.labels or ())
-    given = engine.answer([Request(engine.bank[course.name], encoder, row) for row in rows])
-    shares = [answer.scores[labels[row.label]] for answer, row in zip(given, rows, strict=True)]
-    return -sum(math.log(max(share, LEAST_SHARE)) for share in shares) / len(shares)
-
-
-@torch.no_grad()
-def text_loss(engine: Engine, course: Course) -> float:
-    model, rows = engine.model, course.train[:ROWS]
-    training, losses = model.training, []
-    model.eval()
-    for first in range(0, len(rows), BATCH):
-        some = rows[first : first + BATCH]
-        batch = {name: tensor.to(model.device) for name, tensor in collate(some, engine.pad_id).items()}
-        inputs = (batch["input_ids"], batch["attention_mask"], batch["labels"])
-        losses += [float(model(*inputs, task=course.name, bank=engine.bank).loss)] * len(some)
-    model.train(training)
-    return sum(losses) / len(losses)
+        """What training would start with: the mean of -log p of the first rows' answers, a token."""
+        model, rows = self.engine.model, course.train[:ROWS]
+        bank, training, losses = {course.name: Entry(course.task, parts)}, model.training, []
+        model.eval()
+        for first in range(0, len(rows), BATCH):
+            some = rows[first : first + BATCH]
+            batch = {name: tensor.to(model.device) for name, tensor in collate(some, self.engine.pad_id).items()}
+            inputs = (batch["input_ids"], batch["attention_mask"], batch["labels"])
+            losses += [float(model(*inputs, task=course.name, bank=bank).loss)] * len(some)
+        model.train(training)
+        return sum(losses) / len(losses)

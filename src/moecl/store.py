@@ -197,14 +197,18 @@ class Store:
         self._whole.add(digest)
         return tensors
 
-    def training(self) -> dict[str, dict[str, Tensor]]:
-        """The newest state for further learning, by name; memory-mapped as in `read`. Raises `StoreError`."""
+    def training(self, *names: str) -> dict[str, dict[str, Tensor]]:
+        """The newest state for further learning, by name, or only these of it; memory-mapped as in `read`.
+
+        Raises `StoreError`.
+        """
         while True:
             digests = self.manifest.training
             try:
                 return {
                     name: _read(self._training(name, digest), digest, partial("further learning ({})".format, name))
                     for name, digest in digests.items()
+                    if not names or name in names
                 }
             except StoreError:  # a writer may have replaced it under this reader
                 self.refresh()

@@ -1,7 +1,7 @@
 """What the command line does with a run that has learned: list, answer, score. Torch is imported where it is needed."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -13,10 +13,15 @@ from moecl.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from moecl.course import Watcher
-    from moecl.engine import Prediction
+    from moecl.data.task import Split
+    from moecl.engine import Engine, Prediction
     from moecl.model import MoECL
+    from moecl.routed import Routed
+    from moecl.router import Router
+    from moecl.routing import Routing
     from moecl.store import Store
 
+AUTO = "auto"  # in the place of a task's name: whichever task a text is for
 STEP = 64  # rows that are answered at once
 
 
@@ -49,6 +54,9 @@ def answers(
     it can.
     """
     store = open_store(run)
+    if task == AUTO:
+        yield from routed_answers(store, file, device, expert_memory, thresholds)
+        return
     record = store.record(task or only_task(store))
     name = record.name
     levels = (
@@ -70,6 +78,67 @@ def answers(
             yield [answer(one, row.label, levels) for one, row in zip(found, chunk, strict=True)]
 
 
+def routed_answers(
+    store: "Store", file: Path | None, device: str, expert_memory: str, thresholds: Path | None
+) -> Iterator[list[dict[str, Any]]]:
+    """The same where nobody says which task: lines also have the task that answered, and each task's probability."""
+    levels = {}
+    if thresholds is not None:
+        known = Thresholds.load(thresholds)
+        levels = {
+            one.name: known.of(one.name, one.task.labels or (), one.parts, thresholds)
+            for one in store.tasks()
+            if one.task.kind == "classification"
+        }
+    with lines_of(file) as lines:
+        first = next(lines, None)
+        if first is None:
+            return
+        from moecl.data.task import plain_rows
+        from moecl.engine import Engine
+        from moecl.routed import predict
+
+        model = load(store, device, expert_memory)
+        engine, router = Engine(model), router_of(model, store)
+        rows = plain_rows(chain([first], lines), "stdin" if file is None else str(file))
+        for chunk in chunks(rows, 1 if file is None and sys.stdin.isatty() else STEP):
+            yield [
+                routed_answer(one, true_label(row, engine, one.task), levels.get(one.task or ""))
+                for one, (_, row) in zip(predict(engine, router, chunk), chunk, strict=True)
+            ]
+
+
+def routed_answer(found: "Routed", true: str | None, levels: TaskThresholds | None) -> dict[str, Any]:
+    """A line of `moecl predict --task auto`; a row of no task is left to a human where there are thresholds."""
+    route = {task: rounded(share) for task, share in found.shares.items()}
+    if found.prediction is None:
+        return {"task": None, "label": None, "scores": {}, "route": route}
+    return {"task": found.task, **answer(found.prediction, true, levels), "route": route}
+
+
+def true_label(row: str | Mapping[str, Any], engine: "Engine", task: str | None) -> str | None:
+    """A row's own label, where it is one of its task's."""
+    if task is None or isinstance(row, str):
+        return None
+    from moecl.data.task import example
+
+    return example(row, engine.bank[task].task).label
+
+
+def router_of(model: "MoECL", store: "Store") -> "Router":
+    """A store's router, which must know every task. Raises RunError."""
+    from moecl.router import Router
+
+    router = Router.load(model, store)
+    known = () if router is None else router.tasks
+    if router is None or len(known) < len(store.tasks()):
+        missing = ", ".join(one.name for one in store.tasks() if one.name not in known) or "any task"
+        raise RunError(
+            f"--task auto: {store.path} has no router statistics of {missing}; make them with `moecl router RUN --fit`"
+        )
+    return router
+
+
 def answer(found: "Prediction", true: str | None, levels: TaskThresholds | None) -> dict[str, Any]:
     """A line of `moecl predict`."""
     scores = {label: rounded(score) for label, score in found.scores.items()}
@@ -83,26 +152,47 @@ def scores(
     run: Path, names: Sequence[str], split: str, device: str, expert_memory: str, watcher: "Watcher"
 ) -> list[dict[str, Any]]:
     """The score of each named task (of all where none is named) on the split that the run's config.yaml names."""
-    from moecl.data.task import read_split
     from moecl.engine import Engine
     from moecl.evaluate import evaluate_task, prompts
 
     store, config = open_store(run), RunFolder(run).config()
-    names = [store.record(name).name for name in names or [record.name for record in store.tasks()]]
-    sources = {task.name: task for task in config.tasks}
-    splits = {}
-    for name in names:
-        source = getattr(sources[name], split)
-        if source is None:
-            raise DataError(f"task {name!r} has no {split} rows in {run / 'config.yaml'}; choose another --split")
-        splits[name] = read_split(source, store.record(name).task, getattr(sources[name].limit, split), split)
+    splits = read_splits(run, store, names or [record.name for record in store.tasks()], split)
     engine = Engine(load(store, device, expert_memory), batch_tokens=config.train.eval_batch_tokens)
     rows = []
     for done, (name, found) in enumerate(splits.items()):
-        watcher.evaluating(len(names), name, done, len(names))
+        watcher.evaluating(len(splits), name, done, len(splits))
         entry = engine.bank[name]
         rows.append({"task": name, **vars(evaluate_task(engine, entry, found, prompts(engine, entry.task, found)))})
     return rows
+
+
+def read_splits(run: Path, store: "Store", names: Sequence[str], split: str) -> dict[str, "Split"]:
+    from moecl.data.task import read_split
+
+    sources = {task.name: task for task in RunFolder(run).config().tasks}
+    found = {}
+    for name in (store.record(name).name for name in names):
+        source = getattr(sources[name], split)
+        if source is None:
+            raise DataError(f"task {name!r} has no {split} rows in {run / 'config.yaml'}; choose another --split")
+        found[name] = read_split(source, store.record(name).task, getattr(sources[name].limit, split), split)
+    return found
+
+
+def routing(run: Path, split: str, device: str, expert_memory: str) -> "Routing":
+    """Every task's split with and without its name; that of the test split is kept for the report."""
+    from moecl.engine import Engine
+    from moecl.routed import measure
+
+    store, config = open_store(run), RunFolder(run).config()
+    splits = read_splits(run, store, [record.name for record in store.tasks()], split)
+    model = load(store, device, expert_memory)
+    engine = Engine(model, batch_tokens=config.train.eval_batch_tokens)
+    digests = {record.name: record.parts for record in store.tasks()}
+    found = measure(engine, router_of(model, store), splits, split, digests)
+    if split == "test":
+        found.save(run)
+    return found
 
 
 def open_store(run: Path) -> "Store":

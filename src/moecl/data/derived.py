@@ -26,7 +26,7 @@ from moecl.data.assets import cache_dir
 if TYPE_CHECKING:  # listing and clearing need no torch
     from torch import Tensor
 
-KINDS = ("prefix", "tokens")
+KINDS = ("features", "prefix", "tokens")
 DIGEST = "sha256"
 SLACK = 20  # a twentieth of the bound is freed at once, and written before the folder is looked through again
 STALE = 3600.0  # seconds after which a file being written was left by a dead process

@@ -134,10 +134,18 @@ def read_split(source: str, task: Task, limit: int | None = None, name: str = "t
 
 
 def rows_from_lines(lines: Iterable[str | bytes], task: Task, source: str = "stdin") -> Iterator[Example]:
-    """Rows to answer, one at a time: JSON objects, where the first line is one, else plain texts. No label is needed.
+    """Rows to answer, one at a time, as `plain_rows` has them. No label is needed.
 
-    A plain line fills the one field that the instruction has. Blank lines are skipped among JSON objects and at the
-    end; between plain texts one is an error, because answers must match lines. Raises `DataError` (`source:line`).
+    A plain line fills the one field that the instruction has. Raises `DataError` (`source:line`).
+    """
+    return (example(row, task, place) for place, row in plain_rows(lines, source))
+
+
+def plain_rows(lines: Iterable[str | bytes], source: str = "stdin") -> Iterator[tuple[str, str | dict[str, Any]]]:
+    """(`source:line`, row), one at a time: JSON objects, where the first line is one, else plain texts.
+
+    Blank lines are skipped among JSON objects and at the end; between plain texts one is an error, because answers must
+    match lines. Raises `DataError`.
     """
     json_rows: bool | None = None
     blank: str | None = None
@@ -151,11 +159,38 @@ def rows_from_lines(lines: Iterable[str | bytes], task: Task, source: str = "std
         if json_rows is None:
             json_rows = _is_object(line)
         if json_rows:
-            yield example(parse_object(line, place), task, place)
+            yield place, parse_object(line, place)
         elif blank:
             raise DataError(f"{blank}: the line is empty; remove it, or give JSONL rows")
         else:
-            yield example(line.rstrip("\r\n"), task, place)
+            yield place, line.rstrip("\r\n")
+
+
+def text_alone(row: Example, task: Task) -> str:
+    """What a row's own task is to be told by: the fields that its instruction shows, or a dialogue's turns."""
+    if row.messages is not None:
+        return _spoken(row.messages)
+    return "\n".join(row.fields[name] for name in dict.fromkeys(template(task.instruction).names))
+
+
+def text_of_any(row: str | Mapping[str, Any], tasks: Iterable[Task], where: str = "row") -> str:
+    """The same of a row whose task is not known: the fields that instructions of `tasks` show, as far as it has them.
+
+    Raises `DataError` where it has none.
+    """
+    if isinstance(row, str):
+        return row
+    names = dict.fromkeys(name for task in tasks for name in template(task.instruction).names)
+    found = [_text_form(row[name]) for name in names if _is_scalar(row.get(name))]
+    if found:
+        return "\n".join(found)
+    if row.get("messages") is not None:
+        return _spoken(_turns(where, row["messages"], answered=False)[0])
+    raise DataError(f"{where}: the row has no field that a task reads; give {_listed(names)}, or messages")
+
+
+def _spoken(turns: Iterable[Mapping[str, str]]) -> str:
+    return "\n".join(turn["content"] for turn in turns if turn["role"] != "system")
 
 
 def example(row: str | Mapping[str, Any], task: Task, where: str = "row") -> Example:
@@ -291,6 +326,12 @@ def _completion(where: str, row: Mapping[str, Any]) -> str:
 def _dialogue(where: str, messages: Any, task: Task, answered: bool) -> Example:
     if task.kind == "classification":
         raise DataError(f"{where}: messages: a classification needs rows of text and label; use kind: generation")
+    prior, last = _turns(where, messages, answered)
+    return Example(None, {}, None, last["content"] if last and answered else None, prior, where)
+
+
+def _turns(where: str, messages: Any, answered: bool) -> tuple[tuple[dict[str, str], ...], dict[str, str] | None]:
+    """The turns that are read, and the assistant's answer where the last one is."""
     turns = [_turn(where, index, turn) for index, turn in enumerate(messages if isinstance(messages, list) else [])]
     if not turns:
         raise DataError(f"{where}: messages: {_show(messages)} is not a list of turns, each with role and content")
@@ -302,7 +343,7 @@ def _dialogue(where: str, messages: Any, task: Task, answered: bool) -> Example:
         raise DataError(f"{where}: messages: nothing comes before the assistant's answer; add the user's turn")
     if last and answered and not last["content"].strip():
         raise DataError(f"{where}: messages: the assistant's answer is empty; remove the row or fill it in")
-    return Example(None, {}, None, last["content"] if last and answered else None, prior, where)
+    return prior, last
 
 
 def _turn(where: str, index: int, turn: Any) -> dict[str, str]:

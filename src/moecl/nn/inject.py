@@ -74,7 +74,7 @@ class Injected:
             self._inject(layer, ffns[index], names, index)
         self._hooks = [layers[0].register_forward_pre_hook(_note_batch, with_kwargs=True)]
         self._hooks.append(base.get_output_embeddings().register_forward_pre_hook(_keep_answers))  # type: ignore[operator]
-        self._hooks.append(layers[self.below].register_forward_pre_hook(_reached, with_kwargs=True))
+        self._all, self._ends = layers, set[int]()
         for layer in layers[: self.below]:
             self._replace(layer, partial(_below, layer.forward))
         self._checkpointed = False
@@ -84,15 +84,22 @@ class Injected:
         """How many layers lie below the first adapted one; with the embeddings they are the prefix."""
         return min(self.layers)
 
-    @torch.no_grad()
     def prefix(self, input_ids: Tensor) -> Tensor:
         """The prefix's output: [B, T] without padding -> [B, T, D]. Threads may call it at once."""
+        return self.entering(self.below, input_ids)
+
+    @torch.no_grad()
+    def entering(self, layer: int, input_ids: Tensor) -> Tensor:
+        """What enters a layer of the bare base: [B, T] without padding -> [B, T, D]. Threads may call it at once."""
+        if layer not in self._ends:
+            self._hooks.append(self._all[layer].register_forward_pre_hook(_reached, with_kwargs=True))
+            self._ends.add(layer)  # last: another thread may rely on it at once, and a second hook does no harm
         try:
-            with run_with(_PrefixAlone((None,))):
+            with run_with(_Until((None,), layer=self._all[layer])):
                 self.base.base_model(input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)  # type: ignore[operator]
         except _ReachedError as reached:
             return reached.hidden_states
-        raise AssertionError("the first adapted layer did not run")
+        raise AssertionError(f"layer {layer} did not run")
 
     @torch.no_grad()
     def takes_prefix(self) -> bool:
@@ -177,8 +184,11 @@ def _checkpointed(forward: Forward, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
-class _PrefixAlone(Call):
-    """A call that ends at the first adapted layer."""
+@dataclass
+class _Until(Call):
+    """A call that ends where it reaches `layer`."""
+
+    layer: nn.Module | None = None
 
 
 class _ReachedError(Exception):
@@ -190,7 +200,8 @@ class _ReachedError(Exception):
 
 
 def _reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if isinstance(current_call(), _PrefixAlone):
+    call = current_call()
+    if isinstance(call, _Until) and call.layer is module:
         raise _ReachedError(args[0] if args else kwargs["hidden_states"])
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from moecl._yaml import dotted
 from moecl.errors import RunError
 from moecl.results import Result
+from moecl.routing import Routing
 
 BENCH, RESULT, SCHEMA = "bench.json", "result.json", 1
 
@@ -28,6 +29,7 @@ class Run:
     name: str
     result: Result
     moved: Mapping[str, Moved] = field(default_factory=dict)  # task -> rows, where both were written down
+    routing: Routing | None = None  # of the tasks as they are in `result`
 
 
 class _Open(BaseModel):
@@ -88,7 +90,10 @@ def read(folder: Path) -> Run | Bench:
     if (folder / RESULT).is_file():
         result = Result.load(folder / RESULT)
         moved = {task: found for task in result.tasks if (found := _moved(folder / "predictions", task)) is not None}
-        return Run(folder.resolve().name, result, moved)
+        routing = Routing.load(folder)
+        if routing is not None and routing.digests != result.digests:
+            routing = None  # measured before the tasks were what they are
+        return Run(folder.resolve().name, result, moved, routing)
     if (folder / "config.yaml").is_file():
         raise RunError(f"{folder}: the run is not finished; the command that started it goes on")
     raise RunError(

@@ -13,6 +13,7 @@ from moecl.report.ranking import items
 from moecl.report.read import Run
 from moecl.report.words import NUMBERS, between, count, flat, number, score, several, signed
 from moecl.results import Items, Result, SplitInfo
+from moecl.routing import Point, Routing
 
 MOST_WITH_NUMBERS = 25  # tasks, above which R is an image
 MOST_CLASSES = 12  # of a task, above which only the hardest are listed
@@ -38,6 +39,7 @@ def sections(run: Run, title: str) -> tuple[list[Section], Table]:
     parts: dict[str, list[Block]] = {
         "Scores": [*_scores(result)],
         "Each task's score": [tasks] if result.tasks else [],
+        "Without the task's name": [] if run.routing is None else [*_routing(run.routing)],
         "Recall by class": [*_recall(result)],
         "Training": [*_training(result)],
         "Inside the model": [*_inside(result)],
@@ -298,6 +300,39 @@ def _drift(result: Result) -> Iterator[Block]:
         ["task", "drift"],
         [[task, score(value)] for task, value in ends.items()],
     )
+
+
+# Without the task's name
+
+
+def _routing(found: Routing) -> Iterator[Block]:
+    rows = [
+        [one.task, *map(score, (one.with_task, one.without_task, one.routed, one.unknown, one.left_out))]
+        for one in found.tasks
+    ]
+    yield Table(
+        f"Scores on {found.split} rows with the task's name, and where the router finds the task",
+        ["task", "with its name", "without", "sent to it", "of no task", "false accepts"],
+        rows,
+        "False accepts: share of the task's rows that would be taken for another's, had it not been learned; the "
+        f"threshold is set for {found.wanted:g}. A row of no task counts as answered wrong.",
+    )
+    known = [one for one in found.curve if one.score is not None]
+    across = [one.coverage for one in known]
+    series = {"score": (across, [_nan(one.score) for one in known])}
+    if any(one.false_accept is not None for one in known):
+        series["false accepts"] = (across, [_nan(one.false_accept) for one in known])
+    yield Figure(
+        plots.lines(
+            "abstention", f"Line chart of the score by coverage. {_at_ends(known)}", series, "coverage", "share"
+        ),
+        "Abstention: the score of the rows that are accepted as of a task, and the share of rows accepted whose own "
+        "task is left out, by the share of rows that are accepted.",
+    )
+
+
+def _at_ends(curve: Sequence[Point]) -> str:
+    return "; ".join(f"{score(one.score)} at {one.coverage:.2f}" for one in (curve[0], curve[-1])) if curve else ""
 
 
 # What it was made from

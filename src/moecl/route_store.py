@@ -1,0 +1,63 @@
+"""A store's router statistics: shown, made for tasks that lack them, set for another false-accept rate."""
+
+from pathlib import Path
+from typing import Any
+
+from moecl.data.task import load_task_data, text_alone
+from moecl.errors import BaseError, RunError
+from moecl.model import MoECL
+from moecl.router import STATE, KeptFeatures, Statistics, key_of, read
+from moecl.run_folder import RunFolder
+from moecl.store import Store
+from moecl.using import open_store
+
+
+def described(run: Path) -> dict[str, Any]:
+    """The current tasks, whether texts can find them, and how."""
+    store = open_store(run)
+    statistics = read(store)
+    known = {} if statistics is None else statistics.known(store.tasks())
+    return {
+        "tasks": [{"task": one.name, "version": one.version, "known": one.name in known} for one in store.tasks()],
+        "layer": None if statistics is None else statistics.layer,
+        "false_accept": None if statistics is None else statistics.false_accept,
+    }
+
+
+def change(run: Path, fit: bool, false_accept: float | None, device: str) -> None:
+    """Add what tasks lack, from the rows that the run's config.yaml names; set the rate. One commit of the store.
+
+    Raises RunError where there is nothing to set, DataError for rows that are gone, BusyError.
+    """
+    folder = RunFolder(run)
+    folder.config()
+    with folder.lock():
+        store = Store.open(folder.store)
+        statistics = read(store)
+        if fit:
+            statistics = fitted(folder, store, statistics, device)
+        if statistics is None:
+            raise RunError(f"{run}: no router statistics yet; make them with --fit")
+        statistics.false_accept = statistics.false_accept if false_accept is None else false_accept
+        with store.lock():
+            store.commit(training={**store.training(), STATE: statistics.tensors()})
+
+
+def fitted(folder: RunFolder, store: Store, statistics: Statistics | None, device: str) -> Statistics:
+    missing = [one for one in store.tasks() if statistics is None or one.name not in statistics.known([one])]
+    if not missing and statistics is not None:
+        return statistics
+    model = MoECL.from_store(store, device=device)
+    if model.tokenizer is None:
+        raise BaseError(f"base: {store.manifest.base.id} has no tokenizer; add one to its folder")
+    statistics = statistics or Statistics.empty(model.geometry.hidden_size, model.geometry.num_layers)
+    features = KeptFeatures(model, model.tokenizer, statistics.layer, store.manifest.base.sha256)
+    sources = {task.name: task for task in folder.config().tasks}
+    for record in missing:
+        data = load_task_data(sources[record.name])
+        train, held = (
+            [text_alone(one, data.task) for one in split.examples] if split is not None else []
+            for split in (data.train, data.validation)
+        )
+        statistics.learn(features, key_of(record), train, held)
+    return statistics
