@@ -39,7 +39,7 @@ BOTTOM = {
     "_sizes",
     "_yaml",
 }
-STORE = {"store", "_card", "_manifest"}
+STORE = {"store", "_audit", "_card", "_manifest", "_objects", "_versions"}
 TRAIN = {"train", "session", "course", "evidence", "task_trainer", "feed"}
 BENCH = {"bench", "bench_cells", "bench_ray", "bench_record", "bench_tune", "bench_worker"}
 COMMANDS = {"cli", "cli_bench", "cli_compare", "cli_review"}

@@ -83,12 +83,16 @@ def remove_drafts(folder: Path) -> None:
 def _write_synced(path: Path, data: bytes) -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        rest = memoryview(data)
-        while rest:  # one write takes 2 GiB at most
-            rest = rest[os.write(file, rest) :]
+        write_all(file, data)
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def write_all(file: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:  # one write takes 2 GiB at most
+        rest = rest[os.write(file, rest) :]
 
 
 @contextmanager

@@ -12,31 +12,43 @@ from moecl.review import TaskThresholds, Thresholds, decide, rounded
 from moecl.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from moecl.config import StreamConfig
     from moecl.course import Watcher
+    from moecl.data.task import Split
     from moecl.engine import Prediction
     from moecl.model import MoECL
-    from moecl.store import Store
+    from moecl.store import Store, TaskRecord
 
 STEP = 64  # rows that are answered at once
 
 
-def learned(run: Path) -> list[dict[str, Any]]:
-    """A row a task, its score that of the end of the run."""
+def learned(run: Path, everything: bool = False) -> list[dict[str, Any]]:
+    """A row a task, its score that of the end of the run, where that is the version that answers now.
+
+    With `everything` also older versions and retired tasks, by task and version.
+    """
     store, result = open_store(run), RunFolder(run).finished()
     last = dict(zip(result.tasks, result.R[-1], strict=True)) if result else {}
-    sizes = store.bytes()
+    manifest, digests = store.manifest, result.digests if result else {}
+    records = store.tasks()
+    if everything:
+        names = list(dict.fromkeys(record.name for record in manifest.tasks))
+        records = [record for name in names for record in manifest.versions(name)]
     return [
         {
             "task": record.name,
             "version": record.version,
+            "current": not record.superseded,
+            "retired": record.name in manifest.retired,
+            "aliases": manifest.aliases_of(record),
             "kind": record.task.kind,
             "labels": list(record.task.labels or ()),
             "metric": record.task.metric,
-            "score": last.get(record.name),
-            "bytes": sum(sizes[record.name]),
+            "score": last.get(record.name) if digests.get(record.name) == record.parts else None,
+            "bytes": store.bytes_of(record),
             "parts": dict(record.parts),
         }
-        for record in store.tasks()
+        for record in records
     ]
 
 
@@ -49,12 +61,12 @@ def answers(
     it can.
     """
     store = open_store(run)
-    record = store.record(task or only_task(store))
-    name = record.name
+    asked = task or only_task(store)
+    record = store.record(asked)
     levels = (
         None
         if thresholds is None
-        else Thresholds.load(thresholds).of(name, record.task.labels or (), record.parts, thresholds)
+        else Thresholds.load(thresholds).of(record.name, record.task.labels or (), record.parts, thresholds)
     )
     with lines_of(file) as lines:
         first = next(lines, None)
@@ -64,9 +76,9 @@ def answers(
         from moecl.engine import Engine
 
         engine = Engine(load(store, device, expert_memory))
-        rows = rows_from_lines(chain([first], lines), engine.bank[name].task, "stdin" if file is None else str(file))
+        rows = rows_from_lines(chain([first], lines), record.task, "stdin" if file is None else str(file))
         for chunk in chunks(rows, 1 if file is None and sys.stdin.isatty() else STEP):
-            found = engine.predict(chunk, name)
+            found = engine.predict(chunk, asked)
             yield [answer(one, row.label, levels) for one, row in zip(found, chunk, strict=True)]
 
 
@@ -83,29 +95,35 @@ def scores(
     run: Path, names: Sequence[str], split: str, device: str, expert_memory: str, watcher: "Watcher"
 ) -> list[dict[str, Any]]:
     """The score of each named task (of all where none is named) on the split that the run's config.yaml names."""
-    from moecl.data.task import read_split
     from moecl.engine import Engine
     from moecl.evaluate import evaluate_task, prompts
 
     store, config = open_store(run), RunFolder(run).config()
-    names = [store.record(name).name for name in names or [record.name for record in store.tasks()]]
-    sources = {task.name: task for task in config.tasks}
     splits = {}
-    for name in names:
-        source = getattr(sources[name], split)
-        if source is None:
-            raise DataError(f"task {name!r} has no {split} rows in {run / 'config.yaml'}; choose another --split")
-        splits[name] = read_split(source, store.record(name).task, getattr(sources[name].limit, split), split)
+    for asked in names or [record.name for record in store.tasks()]:
+        splits[asked] = split_of(config, store.record(asked), split, run)
     engine = Engine(load(store, device, expert_memory), batch_tokens=config.train.eval_batch_tokens)
     rows = []
     for done, (name, found) in enumerate(splits.items()):
-        watcher.evaluating(len(names), name, done, len(names))
+        watcher.evaluating(len(splits), name, done, len(splits))
         entry = engine.bank[name]
         rows.append({"task": name, **vars(evaluate_task(engine, entry, found, prompts(engine, entry.task, found)))})
     return rows
 
 
-def open_store(run: Path) -> "Store":
+def split_of(config: "StreamConfig", record: "TaskRecord", split: str, run: Path) -> "Split":
+    """A split of a task as the run's config.yaml names it. Raises DataError where it names none."""
+    from moecl.data.task import read_split
+
+    source = next((task for task in config.tasks if task.name == record.name), None)
+    rows = None if source is None else getattr(source, split)
+    if source is None or rows is None:
+        where = run / "config.yaml"
+        raise DataError(f"task {record.name!r} has no {split} rows in {where}; choose another --split")
+    return read_split(rows, record.task, getattr(source.limit, split), split)
+
+
+def open_store(run: Path, readonly: bool = True) -> "Store":
     """The store of a run, or the folder itself where it is one."""
     if not run.is_dir():
         raise RunError(f"{run}: no such folder; give one that `moecl train STREAM -o RUN` has made")
@@ -114,7 +132,7 @@ def open_store(run: Path) -> "Store":
     found = next((path for path in (run, run / "store") if Store.exists(path)), None)
     if found is None:
         raise RunError(f"{run}: not a run folder; give one that `moecl train STREAM -o RUN` has made")
-    return Store.open(found, readonly=True)
+    return Store.open(found, readonly=readonly)
 
 
 def load(store: "Store", device: str, expert_memory: str) -> "MoECL":
