@@ -42,9 +42,20 @@ BOTTOM = {
 STORE = {"store", "_audit", "_card", "_manifest", "_objects", "_versions"}
 TRAIN = {"train", "session", "course", "evidence", "task_trainer", "feed"}
 BENCH = {"bench", "bench_cells", "bench_ray", "bench_record", "bench_tune", "bench_worker"}
-COMMANDS = {"cli", "cli_bench", "cli_compare", "cli_review"}
+COMMANDS = {"cli", "cli_bench", "cli_compare", "cli_export", "cli_review", "cli_store"}
 TOP = {
-    *("server", "cli_report", "review_page", "show", "show_bench", "watch", "terminal", "using", "estimate"),
+    *(
+        "server",
+        "cli_report",
+        "review_page",
+        "show",
+        "show_bench",
+        "show_store",
+        "watch",
+        "terminal",
+        "using",
+        "estimate",
+    ),
     "__main__",
     *COMMANDS,
 }
@@ -71,6 +82,8 @@ ALLOWED = {
     "model": {"nn", "data", "store", "backbone", "bank"},
     "prefix": {"nn", "data", "store", "backbone", "bank", "model"},
     "engine": {"nn", "data", "store", "bank", "model", "prefix"},
+    "export": {"nn", "data", "store", "bank", "engine"},
+    "adapter": {"nn", "store", "model"},
     "router": {"nn", "data", "store", "bank", "model"},
     "evaluate": {"data", "engine"},
     "general": {"data", "model", "engine"},

@@ -161,6 +161,10 @@ class Store:
         sizes = [self.size(digest) for digest in set(record.parts.values())]
         return None if None in sizes else sum(size or 0 for size in sizes)
 
+    def audit(self) -> Iterator[tuple[int, _audit.Line | None]]:
+        """The lines of the audit log with their numbers; None for one that was altered."""
+        return _audit.read(self.path)
+
     def size(self, digest: str) -> int | None:
         """Bytes of an object, which is not read; None where it is missing."""
         try:
@@ -293,6 +297,10 @@ class Store:
             self._edit("delete", lambda manifest: _versions.deleted(manifest, reference))
             return remove(filter(Path.exists, map(self._object, sorted(before - self.manifest.digests()))))
 
+    def would_delete(self, reference: str) -> list[TaskRecord]:
+        """The versions that `delete` would remove."""
+        return _versions.to_delete(self.manifest, reference)
+
     def gc(self) -> Removed:
         """Remove what no version of any task needs. Readers that opened the store before a change must refresh."""
         with self.lock(), one_line(self.path, StoreError):
@@ -308,6 +316,9 @@ class Store:
                 self.log("gc", [], detail)
                 return removed
             return remove(spare)
+
+    def log_export(self, record: TaskRecord, kind: str) -> None:
+        self.log("export", [_versions.change(record.name, record, record)], {"as": kind})
 
     def log(self, what: str, changes: Sequence[Change], detail: Mapping[str, JsonValue]) -> None:
         """Write down in the audit log what leaves the model as it is."""

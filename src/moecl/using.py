@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moecl.errors import DataError, MoECLError, RunError, TaskError
+from moecl.errors import AssetError, BaseError, DataError, MoECLError, RunError, StoreError, TaskError
 from moecl.review import TaskThresholds, Thresholds, decide, rounded
 from moecl.run_folder import RunFolder
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moecl.course import Watcher
     from moecl.data.task import Split
     from moecl.engine import Prediction
+    from moecl.export import Parity
     from moecl.model import MoECL
     from moecl.store import Store, TaskRecord
 
@@ -38,6 +39,7 @@ def learned(run: Path, everything: bool = False) -> list[dict[str, Any]]:
         {
             "task": record.name,
             "version": record.version,
+            "versions": len(manifest.versions(record.name)),
             "current": not record.superseded,
             "retired": record.name in manifest.retired,
             "aliases": manifest.aliases_of(record),
@@ -111,6 +113,36 @@ def scores(
     return rows
 
 
+def exported(
+    run: Path, name: str, output: Path, kind: str, expert: str | None, max_disagreement: float, device: str
+) -> "tuple[Parity | None, str]":
+    """Write a task as an adapter, unless its parity is refused; and why the store's log does not tell of it."""
+    store = open_store(run)
+    record = store.record(name)
+    rows = split_of(RunFolder(run).config(), record, "validation", run).examples if kind == "static-lora" else []
+    from moecl.adapter import adapter, check_free, write_folder
+    from moecl.engine import Engine
+    from moecl.export import one_expert, one_lora, report, source
+    from moecl.store import Store
+
+    check_free(output)
+    engine = Engine(load(store, device, "2GB"))
+    entry, parity = engine.bank[name], None
+    if kind == "static-lora":
+        lora, parity = one_lora(engine, entry, rows)
+        if 1 - parity.agreement > max_disagreement:
+            return parity, ""
+    else:
+        lora = one_expert(entry, expert)
+    files = adapter(engine.model, lora) | source(store, record, kind, expert)
+    write_folder(output, files | ({} if parity is None else report(parity)))
+    try:
+        Store.open(store.path).log_export(record, kind)
+    except MoECLError as error:
+        return parity, f"not in the store's log: {error}"
+    return parity, ""
+
+
 def split_of(config: "StreamConfig", record: "TaskRecord", split: str, run: Path) -> "Split":
     """A split of a task as the run's config.yaml names it. Raises DataError where it names none."""
     from moecl.data.task import read_split
@@ -139,6 +171,23 @@ def load(store: "Store", device: str, expert_memory: str) -> "MoECL":
     from moecl.model import MoECL
 
     return MoECL.from_store(store, device=device, expert_memory=expert_memory)
+
+
+def problems_on_base(store: "Store", device: str) -> list[str]:
+    """A line for each version whose parts do not fit the base that the store names, or for that base."""
+    from moecl.model import MoECL
+
+    try:
+        model = MoECL.from_store(store, device=device)
+    except (BaseError, StoreError, AssetError) as error:
+        return [str(error)]
+    found = []
+    for record in store.manifest.tasks:
+        try:
+            _ = model.bank[record.reference].parts
+        except StoreError as error:
+            found.append(str(error))
+    return found
 
 
 def only_task(store: "Store") -> str:
