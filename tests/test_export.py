@@ -1,30 +1,19 @@
 """A task or an expert as a PEFT adapter: PEFT makes of the base what we make of it; a stand-in is measured first."""
 
-import json
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
 
-from moecl.adapter import CONFIG, WEIGHTS, adapter, write_folder
+from moecl.adapter import adapter, write_folder
 from moecl.backbone import Backbone
 from moecl.bank import Entry
 from moecl.config import Task
-from moecl.data.task import Example
-from moecl.engine import Engine
-from moecl.errors import BaseError, ConfigError, RunError, TaskError
-from moecl.export import averaged, one_expert, one_lora
+from moecl.export import one_expert
 from moecl.method_config import MoECLConfig
 from moecl.model import MoECL
-from moecl.nn.gated import new_head
-from moecl.nn.lora import Expert
-from moecl.nn.moe_ffn import Gated
-from moecl.nn.sums import Keys, Mix, Sum
-from moecl.nn.weights import Weights
-from tiny import FAMILIES, LAYERS, random_parts, tiny_batch, tiny_model
+from tiny import FAMILIES, random_parts, tiny_batch, tiny_model
 
 peft = pytest.importorskip("peft")
 

@@ -157,13 +157,14 @@ class Manifest(_Strict):
                 known = [str(one) for one in versions]
                 raise TaskError(f"task {name!r} has no version {reference.version}; it has {', '.join(known)}")
             return versions[reference.version]
+        current = next(record for record in versions.values() if not record.superseded)
         if name in self.retired:
             raise TaskError(
-                f"task {name!r} is retired; name its version ({name}@{max(versions)}), or bring it back with "
+                f"task {name!r} is retired; name its version ({current.reference}), or bring it back with "
                 f"`moecl retire RUN {name} --undo`"
             )
         if reference.alias is None:
-            return next(record for record in versions.values() if not record.superseded)
+            return current
         aliases = self.aliases.get(name, {})
         if reference.alias not in aliases:
             raise TaskError(
