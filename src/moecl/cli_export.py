@@ -55,7 +55,8 @@ def export(
     if parity is not None:
         show(parity)
         if 1 - parity.agreement > max_disagreement:
-            say(err, f"moecl: refused: {1 - parity.agreement:.1%} of the answers differ, {max_disagreement:.1%} may")
+            differ = f"{1 - parity.agreement:.1%} of the answers differ, --max-disagreement is {max_disagreement:.1%}"
+            say(err, f"moecl: refused: {differ}; nothing was written")
             return REFUSED
     if note:
         say(err, note)
@@ -64,8 +65,11 @@ def export(
 
 
 def show(parity: "Parity") -> None:
+    from moecl.show import show_score
+
     say(out, f"{'validation rows':18} {parity.rows}")
     say(out, f"{'same answer':18} {parity.agreement:.1%}")
+    say(out, f"{'score':18} {show_score(parity.score)}, the task's own {show_score(parity.exact_score)}")
     say(out, f"{'largest logit gap':18} {parity.largest_logit_gap:.3g}")
     if parity.task_weight:
         weights = parity.task_weight.values()

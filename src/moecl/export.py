@@ -26,6 +26,7 @@ from moecl.data.encode import IGNORED, Encoded, collate, token_batches
 from moecl.data.task import Example
 from moecl.engine import MAX_ROWS, Engine, GateUse, Request
 from moecl.errors import ConfigError, TaskError
+from moecl.metrics import ANSWER_METRICS
 from moecl.nn.call import run_with
 from moecl.nn.lora import Expert
 from moecl.nn.moe_ffn import Gated
@@ -39,12 +40,15 @@ EXPERTS = ("task", "shared")
 class Parity:
     """How far a stand-in's answers are from the task's own, on its validation rows.
 
-    `agreement`: the share of rows with the same answer. `largest_logit_gap`: over the whole vocabulary, at every
-    position of the true answers. `task_weight`: layer -> what stands in the gate's place; none where there was no gate.
+    `agreement`: the share of rows with the same answer. `score`, `exact_score`: the stand-in's and the task's own, by
+    the task's metric. `largest_logit_gap`: over the whole vocabulary, at every position of the true answers.
+    `task_weight`: layer -> what stands in the gate's place; none where there was no gate.
     """
 
     rows: int
     agreement: float
+    score: float | None
+    exact_score: float | None
     largest_logit_gap: float
     task_weight: dict[int, float]
 
@@ -75,9 +79,11 @@ def one_lora(engine: Engine, entry: Entry, rows: Sequence[Example]) -> tuple[Sum
     weights = gates.means() if isinstance(parts, Gated) else {}
     lora = averaged(parts, weights) if isinstance(parts, Gated) else Sum(parts.lora, parts.scale)
     stand_in = Entry(entry.task, lora, entry.name)
-    same = [one == other for one, other in zip(exact, _answers(engine, stand_in, prompts), strict=True)]
+    given = _answers(engine, stand_in, prompts)
+    agreement = sum(one == other for one, other in zip(exact, given, strict=True)) / len(rows)
+    true, score = [row.label or (row.completion or "").strip() for row in rows], ANSWER_METRICS[entry.task.metric]
     gap = largest_gap(engine, entry, stand_in, engine.encoder(entry.task).encode(rows))
-    return lora, Parity(len(same), sum(same) / len(same), gap, weights)
+    return lora, Parity(len(rows), agreement, score(true, given), score(true, exact), gap, weights)
 
 
 def averaged(parts: Gated, task_weight: Mapping[int, float]) -> Sum:

@@ -34,7 +34,7 @@ from moecl._objects import Removed, check_finite, compare, encode, in_words, oth
 from moecl._versions import PRODUCTION, Edit
 from moecl.errors import StoreError
 
-__all__ = ["FORMAT", "BaseInfo", "Manifest", "ObjectBytes", "Removed", "Store", "TaskRecord", "encode"]
+__all__ = ["FORMAT", "LOG", "BaseInfo", "Manifest", "ObjectBytes", "Removed", "Store", "TaskRecord", "encode"]
 
 MANIFEST, LOCK = "manifest.json", ".lock"
 FOLDERS = ("objects", "training", "tmp")
