@@ -12,6 +12,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save
 
+from command_lines import calls, parse
 from moecl import cli_store, export
 from moecl.cli import main
 from moecl.run_folder import RunFolder
@@ -297,3 +298,11 @@ def test_a_static_lora_needs_validation_rows(refuses, run, tmp_path):
     (run / "config.yaml").write_text("\n".join(line for line in text.splitlines() if "validation:" not in line))
     said = refuses("export", run, "task0", "-o", tmp_path / "out", "--as", "static-lora")
     assert "task 'task0' has no validation rows in " in said
+
+
+def test_the_command_lines_of_the_docs_can_be_run():
+    text = (Path(__file__).parents[1] / "docs" / "store.md").read_text()
+    found = [call for block in text.split("```sh\n")[1:] for call in calls(block.partition("```")[0])]
+    assert len(found) >= 8
+    for words in found:
+        parse(words)

@@ -252,7 +252,8 @@ def predict(
         Path | None, typer.Argument(metavar="FILE", help="JSONL rows or plain lines; default standard input.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option("--task", metavar="NAME", help="The task that answers; `moecl tasks RUN` lists them.")
+        str | None,
+        typer.Option("--task", metavar="NAME", help="The task that answers: NAME, NAME@VERSION or NAME@ALIAS."),
     ] = None,
     thresholds: Annotated[
         Path | None,
