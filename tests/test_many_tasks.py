@@ -57,7 +57,7 @@ def grown(run: Path, folder: Path, count: int, **train: object) -> Path:
 def counted(run: Path, new: TaskConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """What learning `new` reads, writes and trains."""
     found: dict[str, object] = {"read": [], "written": 0, "progress": 0}
-    real_read, real_write, real_optimizer = store_module._read, _atomic.atomic_write, TaskTrainer.create_optimizer
+    real_read, real_write, real_optimizer = store_module.read_file, _atomic.atomic_write, TaskTrainer.create_optimizer
     real_progress = RunFolder.save_progress
 
     def read(path, digest, users):
@@ -78,7 +78,7 @@ def counted(run: Path, new: TaskConfig, monkeypatch: pytest.MonkeyPatch) -> dict
         return real_progress(self, values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "_read", read)
+        patch.setattr(store_module, "read_file", read)
         patch.setattr(store_module, "atomic_write", write)
         patch.setattr(run_folder, "atomic_write", write)
         patch.setattr(TaskTrainer, "create_optimizer", optimizer)
