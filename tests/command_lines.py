@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import dataclass
 from typing import Any
 
 from typer.main import get_command
@@ -35,3 +36,14 @@ def calls(text: str) -> list[list[str]]:
     parts = [part for line in text.splitlines() for part in re.split(r"&&|[;|]", re.sub(r"\s#.*", "", line))]
     found = [part.split() for part in parts if part.strip().startswith("moecl ")]
     return [shlex.split(" ".join(words))[1:] for words in found]
+
+
+@dataclass(frozen=True)
+class Done:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> list[str]:
+        return self.err.splitlines()

@@ -1,6 +1,8 @@
 """Fixtures for every test. Imports are inside them: the tests of layer 0 stay free of torch."""
 
+import io
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,32 @@ def tiny_folder(tmp_path_factory) -> Path:
     tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def moecl(capsys, monkeypatch):
+    """Call `moecl`; a refusal is one line, exit 2, nothing on stdout."""
+    from command_lines import Done
+    from moecl.cli import main
+
+    def call(*words, stdin: bytes = b"") -> Done:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        done = Done(main([str(word) for word in words]), *capsys.readouterr())
+        assert "Traceback" not in done.err
+        complaints = [line for line in done.said if line.startswith("moecl: ")]
+        assert len(complaints) == (done.status != 0)
+        assert complaints == done.said[-1:] or not complaints
+        return done
+
+    return call
+
+
+@pytest.fixture
+def refuses(moecl):
+    def call(*words, stdin: bytes = b"") -> str:
+        done = moecl(*words, stdin=stdin)
+        assert (done.status, done.out) == (2, "")
+        return done.said[-1].removeprefix("moecl: ")
+
+    return call

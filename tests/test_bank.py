@@ -43,13 +43,13 @@ def task_bytes(model: MoECL) -> int:
 def reads(monkeypatch) -> list[tuple[str, bool]]:
     """(file, whether it was hashed) of each object that is read."""
     found: list[tuple[str, bool]] = []
-    real = store_module._read
+    real = store_module.read_file
 
     def read(path, digest, users):
         found.append((path.name, digest is not None))
         return real(path, digest, users)
 
-    monkeypatch.setattr(store_module, "_read", read)
+    monkeypatch.setattr(store_module, "read_file", read)
     return found
 
 

@@ -7,14 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from command_lines import all_commands, calls, command, parse
+from command_lines import Done, all_commands, calls, command, parse
 from moecl import cli, terminal, watch
 from moecl.cli import main
 from moecl.config import load_stream
@@ -23,44 +22,6 @@ from moecl.method_config import METHODS
 from moecl.run_folder import RunFolder
 from moecl.store import Store
 from tiny_stream import task, write_rows, write_stream
-
-
-@dataclass(frozen=True)
-class Done:
-    status: int
-    out: str
-    err: str
-
-    @property
-    def said(self) -> list[str]:
-        return self.err.splitlines()
-
-
-@pytest.fixture
-def moecl(capsys, monkeypatch):
-    """Call `moecl`; a refusal is one line, exit 2, nothing on stdout."""
-
-    def call(*words, stdin: bytes = b"") -> Done:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capsys.readouterr()
-        done = Done(main([str(word) for word in words]), *capsys.readouterr())
-        assert "Traceback" not in done.err
-        complaints = [line for line in done.said if line.startswith("moecl: ")]
-        assert len(complaints) == (done.status != 0)
-        assert complaints == done.said[-1:] or not complaints
-        return done
-
-    return call
-
-
-@pytest.fixture
-def refuses(moecl):
-    def call(*words, stdin: bytes = b"") -> str:
-        done = moecl(*words, stdin=stdin)
-        assert (done.status, done.out) == (2, "")
-        return done.said[-1].removeprefix("moecl: ")
-
-    return call
 
 
 @pytest.fixture(scope="module")

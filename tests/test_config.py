@@ -209,7 +209,6 @@ def test_the_preset_is_the_paper() -> None:
         gate_std=0.02,
         alpha=0.1,
         discriminator_memory="none",
-        warm_start="zero",
     )
 
 

@@ -41,10 +41,10 @@ BOTTOM = {
     "_sizes",
     "_yaml",
 }
-STORE = {"store", "_card", "_manifest"}
+STORE = {"store", "_audit", "_card", "_manifest", "_objects", "_versions"}
 TRAIN = {"train", "session", "start", "course", "evidence", "task_trainer", "feed"}
 BENCH = {"bench", "bench_cells", "bench_ray", "bench_record", "bench_tune", "bench_worker"}
-COMMANDS = {"cli", "cli_bench", "cli_compare", "cli_review", "cli_router"}
+COMMANDS = {"cli", "cli_bench", "cli_compare", "cli_export", "cli_review", "cli_router", "cli_store"}
 TOP = {
     *(
         "server",
@@ -52,6 +52,7 @@ TOP = {
         "review_page",
         "show",
         "show_bench",
+        "show_store",
         "watch",
         "terminal",
         "using",
@@ -85,6 +86,8 @@ ALLOWED = {
     "prefix": {"nn", "data", "store", "backbone", "bank", "model"},
     "engine": {"nn", "data", "store", "bank", "model", "prefix"},
     "router": {"nn", "data", "store", "bank", "model", "prefix"},
+    "export": {"nn", "data", "store", "bank", "engine"},
+    "adapter": {"nn", "store", "model"},
     "evaluate": {"data", "engine"},
     "general": {"nn", "data", "model", "engine"},
     "routed": {"data", "engine", "router", "evaluate"},

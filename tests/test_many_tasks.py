@@ -23,7 +23,10 @@ from tiny_stream import task
 def one(tmp_path_factory, tiny_folder) -> Path:
     """A finished run of one task without rows that score it."""
     folder = tmp_path_factory.mktemp("one")
-    config = stream(folder, tiny_folder, tasks=1, rows=8, train={**QUICK, "evals_per_epoch": 0, "precision": "fp32"})
+    train = {**QUICK, "evals_per_epoch": 0, "precision": "fp32"}
+    config = stream(
+        folder, tiny_folder, tasks=1, rows=8, train=train, method={"name": "moe-cl", "rank": 2, "warm_start": "nearest"}
+    )
     config = config.model_copy(
         update={"tasks": [config.tasks[0].model_copy(update={"test": None, "validation": None})]}
     )
@@ -60,7 +63,7 @@ def grown(run: Path, folder: Path, count: int, **train: object) -> Path:
 def counted(run: Path, new: TaskConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """What learning `new` reads, writes and trains."""
     found: dict[str, object] = {"read": [], "written": 0, "progress": 0}
-    real_read, real_write, real_optimizer = store_module._read, _atomic.atomic_write, TaskTrainer.create_optimizer
+    real_read, real_write, real_optimizer = store_module.read_file, _atomic.atomic_write, TaskTrainer.create_optimizer
     real_progress = RunFolder.save_progress
 
     def read(path, digest, users):
@@ -81,7 +84,7 @@ def counted(run: Path, new: TaskConfig, monkeypatch: pytest.MonkeyPatch) -> dict
         return real_progress(self, values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "_read", read)
+        patch.setattr(store_module, "read_file", read)
         patch.setattr(store_module, "atomic_write", write)
         patch.setattr(run_folder, "atomic_write", write)
         patch.setattr(TaskTrainer, "create_optimizer", optimizer)

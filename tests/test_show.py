@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from moecl.results import Result
-from moecl.show import show_check, show_result, show_scores, show_tasks
+from moecl.show import show_check, show_result, show_scores
+from moecl.show_store import show_tasks
 
 LONG = "a-task-name-as-long-as-a-file-name-may-be-sixty-four-characters-1"[:64]
 
@@ -58,7 +59,8 @@ def test_many_tasks_are_numbered(count, length):
 
 
 def test_tasks():
-    row = {"version": 1, "kind": "classification", "metric": "exact_match", "score": None, "bytes": 4.9e6}
+    state = {"version": 1, "versions": 1, "current": True, "retired": False, "aliases": []}
+    row = {**state, "kind": "classification", "metric": "exact_match", "score": None, "bytes": 4.9e6}
     rows = [
         {**row, "task": "news", "labels": ["World", "Sports"], "parts": {"task": "0123456789abcdef" * 4}},
         {**row, "task": LONG, "version": 2, "labels": list("abcdefgh"), "parts": {"weights": "f" * 64}},

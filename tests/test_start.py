@@ -118,7 +118,7 @@ def test_what_never_changes_is_measured_once(tmp_path, tiny_folder, monkeypatch)
         "loss",
         lambda self, course, parts: measured.append((course.name, parts.frozen)) or real(self, course, parts),
     )
-    config = stream(tmp_path, tiny_folder, tasks=3, train={"epochs": 1, "evals_per_epoch": 0}, evaluate="all")
+    config = stream(tmp_path, tiny_folder, tasks=3, evaluate="all", **settings())
     learn(config, tmp_path / "run")
     assert measured.count(("task1", True)) == 1
     assert measured.count(("task2", True)) == 2

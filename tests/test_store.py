@@ -39,6 +39,7 @@ def test_commit_and_read(store: Store) -> None:
     expected = {f"objects/{digest}.safetensors" for name in "ab" for digest in again.digests(name).values()}
     expected |= {
         "manifest.json",
+        "audit.jsonl",
         ".lock",
         f"training/discriminator-{again.manifest.training['discriminator']}.safetensors",
     }
@@ -251,10 +252,11 @@ def test_a_reader_keeps_its_model_until_gc(store: Store) -> None:
 
 def test_readonly_readers_write_nothing(store: Store) -> None:
     reader = Store.open(store.path, readonly=True)
-    for change in (reader.commit, reader.gc, reader.write_card):
+    changes = {"promote": "a", "rollback": "a", "retire": "a", "unretire": "a", "delete": "a", "remove_alias": "a"}
+    for change, name in {"commit": None, "gc": None, "write_card": None, **changes}.items():
         with pytest.raises(StoreError, match="opened read-only"):
-            change()
-    assert files(store.path) == {"manifest.json", ".lock"}
+            getattr(reader, change)(*([] if name is None else [name]))
+    assert files(store.path) == {"manifest.json", "audit.jsonl", ".lock"}
 
 
 def test_two_writers_are_kept_apart(store: Store) -> None:

@@ -8,8 +8,9 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,26 @@ def store(tmp_path: Path) -> Store:
 
 
 def full(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
-    """A full disk for systems that let us mount none."""
+    """A full disk for systems that let us mount none: nothing can be written until an object is removed."""
+    real = {name: getattr(os, name) for name in ("write", "pwrite", "unlink")}
+    freed = False
 
-    def fail(*arguments: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def write(name: str, *arguments: Any) -> int:
+        if not freed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return int(real[name](*arguments))
+
+    def unlink(path: Any) -> None:
+        nonlocal freed
+        freed |= str(path).endswith(".safetensors")
+        real["unlink"](path)
 
     @contextmanager
     def filled() -> Iterator[None]:
         with monkeypatch.context() as patch:
-            patch.setattr(os, "write", fail)
-            patch.setattr(os, "pwrite", fail)
+            patch.setattr(os, "write", partial(write, "write"))
+            patch.setattr(os, "pwrite", partial(write, "pwrite"))
+            patch.setattr(os, "unlink", unlink)
             yield
 
     return filled
@@ -105,7 +116,7 @@ def test_any_failing_call_loses_nothing(store: Store, monkeypatch: pytest.Monkey
     store.commit([(record("a"), parts(1))], training={"memory": part(1)})
     real = getattr(os, call)
     failures = 0
-    while store.record("a").version == 1:
+    while Store.open(store.path).record("a").version == 1:
         left = failures
 
         def fail_once(*arguments: Any, **options: Any) -> Any:
@@ -224,13 +235,11 @@ def test_200_kills_leave_whole_models(tmp_path: Path) -> None:
     assert sum(killed_by_chance(tmp_path / f"store{seed}", 20, random.Random(seed)) for seed in range(1, 11)) >= 50
 
 
-def advance_until_call(path: Path, calls: int) -> None:
-    """One change, in a process that is killed just before its n-th call that touches the disk."""
-    torch.set_num_threads(1)
-    store = Store.open(path)
+def killing(names: Sequence[str], calls: int) -> None:
+    """Have this process killed just before its n-th call of these functions of `os`."""
     left = calls
 
-    def killing(real: Callable[..., Any]) -> Callable[..., Any]:
+    def killed(real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
             nonlocal left
             if left == 0:
@@ -240,8 +249,15 @@ def advance_until_call(path: Path, calls: int) -> None:
 
         return call
 
-    for name in ("open", "close", "write", "pwrite", "ftruncate", "fsync", "replace", "unlink"):
-        setattr(os, name, killing(getattr(os, name)))
+    for name in names:
+        setattr(os, name, killed(getattr(os, name)))
+
+
+def advance_until_call(path: Path, calls: int) -> None:
+    """One change, in a process that is killed just before its n-th call that touches the disk."""
+    torch.set_num_threads(1)
+    store = Store.open(path)
+    killing(("open", "close", "write", "pwrite", "ftruncate", "fsync", "replace", "unlink"), calls)
     advance(store)
     os._exit(0)
 

@@ -165,7 +165,11 @@ def open_with(store: Store, raw: Any) -> Store:
 @pytest.mark.parametrize(
     ("keys", "value", "words"),
     [
-        (("format",), 2, "has format 2, this moecl reads formats up to 1; upgrade moecl"),
+        (("format",), 3, "has format 3, this moecl reads formats up to 2; upgrade moecl"),
+        (("aliases",), {"a": {"prod": 2}}, "an alias or a retired task names a version that is not there"),
+        (("aliases",), {"a": {"2": 1}}, r"aliases\.a\.2"),
+        (("retired",), ["b"], "an alias or a retired task names a version that is not there"),
+        (("tasks", 0, "superseded"), True, "two current versions or none"),
         (("format",), "1", "format: "),
         (("colour",), "red", "colour: Extra inputs are not permitted"),
         (("tasks", 0, "version"), 0, r"tasks\[0\].version: .* found 0"),
@@ -249,7 +253,7 @@ def test_create_refuses_a_folder_in_use_and_mends_one_that_a_kill_left(tmp_path:
         Store.create(tmp_path, BASE)
     with pytest.raises(StoreError, match=r"manifest\.json: it is a file; a store needs"):
         Store.create(path / "manifest.json", BASE)
-    assert files(tmp_path) == {"store/manifest.json", "store/.lock"}
+    assert files(tmp_path) == {"store/manifest.json", "store/audit.jsonl", "store/.lock"}
     (path / "manifest.json").unlink()
     assert Store.create(path, BASE).tasks() == []
 

@@ -64,7 +64,7 @@ def atomic_write(path: Path, data: bytes, *, tmp: Path | None = None, error: typ
     draft = (tmp or path.parent) / f".{path.name}.{secrets.token_hex(8)}.tmp"
     with one_line(path, error):
         try:
-            _write_synced(draft, data)
+            write_synced(draft, data)
             os.replace(draft, path)
         except BaseException:
             with suppress(OSError):
@@ -80,15 +80,19 @@ def remove_drafts(folder: Path) -> None:
             os.unlink(entry)
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def write_synced(path: Path, data: bytes) -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        rest = memoryview(data)
-        while rest:  # one write takes 2 GiB at most
-            rest = rest[os.write(file, rest) :]
+        write_all(file, data)
         os.fsync(file)
     finally:
         os.close(file)
+
+
+def write_all(file: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:  # one write takes 2 GiB at most
+        rest = rest[os.write(file, rest) :]
 
 
 @contextmanager

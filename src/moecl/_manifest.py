@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -21,10 +21,36 @@ from pydantic import (
 from moecl.config import Task
 from moecl.errors import StoreError, TaskError, near
 
-FORMAT = 1
+FORMAT = 2  # 1 had no aliases, no retired and no deleted tasks
 HEX = re.compile("[0-9a-f]{64}")
+ALIAS = "[a-z][a-z0-9_-]{0,31}"  # begins with a letter, so that it is never a version
+REFERENCE = re.compile(rf"(?P<name>[^@]*)(?:@(?:(?P<version>[1-9][0-9]{{0,8}})|(?P<alias>{ALIAS})))?")
 Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Alias = Annotated[str, StringConstraints(pattern=f"^{ALIAS}$")]
+
+
+class Reference(NamedTuple):
+    """How a task is named: `NAME`, `NAME@VERSION` or `NAME@ALIAS`."""
+
+    name: str
+    version: int | None = None
+    alias: str | None = None
+
+
+def parse_reference(text: str) -> Reference:
+    """Raises TaskError for what has an @ and is none.
+
+    >>> parse_reference("reviews"), parse_reference("reviews@12").version, parse_reference("reviews@prod").alias
+    (Reference(name='reviews', version=None, alias=None), 12, 'prod')
+    """
+    if (found := REFERENCE.fullmatch(text)) is None:
+        raise TaskError(
+            f"task {text!r:.100}: behind @ stands a version (reviews@2) or an alias (reviews@prod: small letters, "
+            "digits, - and _)"
+        )
+    version = found["version"]
+    return Reference(found["name"], None if version is None else int(version), found["alias"])
 
 
 class _Strict(BaseModel):
@@ -49,6 +75,7 @@ class TaskRecord(_Strict):
     version: int = Field(default=1, ge=1)
     parts: dict[Name, Digest] = {}
     superseded: bool = False
+    pinned: bool = False  # brought back by a rollback: shared parts do not move on under it
 
     @field_validator("task")
     @classmethod
@@ -63,7 +90,11 @@ class TaskRecord(_Strict):
     @property
     def live(self) -> bool:
         """Whether shared parts move on under this task."""
-        return self.settings.get("retention") == "live" and not self.superseded
+        return self.settings.get("retention") == "live" and not self.superseded and not self.pinned
+
+    @property
+    def reference(self) -> str:
+        return f"{self.name}@{self.version}"
 
 
 class Manifest(_Strict):
@@ -73,43 +104,90 @@ class Manifest(_Strict):
     base: BaseInfo
     tasks: list[TaskRecord] = []
     training: dict[Name, Digest] = {}
+    aliases: dict[Name, dict[Alias, int]] = {}  # task -> alias -> version
+    retired: list[Name] = []
+    deleted: dict[Name, int] = {}  # task -> its newest version that is gone, whose number is never given again
 
     @model_validator(mode="after")
     def _one_current_version(self) -> Manifest:
-        current = [record.name for record in self.current()]
-        versions = [(record.name, record.version) for record in self.tasks]
-        if len(set(current)) < len(current) or len(set(versions)) < len(versions):
-            raise ValueError("a task has two current versions, or one version twice")
+        versions = {(record.name, record.version) for record in self.tasks}
+        current = [record.name for record in self.tasks if not record.superseded]
+        if sorted(current) != sorted({record.name for record in self.tasks}) or len(versions) < len(self.tasks):
+            raise ValueError("a task has two current versions or none, or one version twice")
+        named = {(name, version) for name, own in self.aliases.items() for version in own.values()}
+        if not named <= versions or not set(self.retired) <= set(current):
+            raise ValueError("an alias or a retired task names a version that is not there")
         return self
 
+    @property
+    def begun(self) -> bool:
+        """Whether a task was ever learned."""
+        return bool(self.tasks or self.deleted)
+
     def current(self) -> list[TaskRecord]:
-        """The tasks, in order, without the versions kept for rollback."""
-        return [record for record in self.tasks if not record.superseded]
+        """The tasks, in order, without the versions kept for rollback and without retired tasks."""
+        return [record for record in self.tasks if not record.superseded and record.name not in self.retired]
+
+    def versions(self, name: str) -> list[TaskRecord]:
+        """The oldest first; empty for an unknown task."""
+        return [record for record in self.tasks if record.name == name]
+
+    def newest(self) -> dict[str, int]:
+        """The greatest number that a version ever had, of every task that was ever learned."""
+        found = dict(self.deleted)
+        for record in self.tasks:
+            found[record.name] = max(record.version, found.get(record.name, 0))
+        return found
+
+    def aliases_of(self, record: TaskRecord) -> list[str]:
+        return [alias for alias, version in self.aliases.get(record.name, {}).items() if version == record.version]
 
     def record(self, name: str, version: int | None = None) -> TaskRecord:
-        """A task's current version, or the one given. Raises `TaskError`."""
-        versions = {record.version: record for record in self.tasks if record.name == name}
-        found = (
-            versions.get(version)
-            if version is not None
-            else next((record for record in versions.values() if not record.superseded), None)
-        )
-        if found is not None:
-            return found
-        if version is not None and versions:
-            raise TaskError(f"task {name!r} has no version {version}; it has {', '.join(map(str, versions))}")
-        known = [record.name for record in self.current()]
-        raise TaskError(f"no task {name!r}; the tasks are: {', '.join(known) or 'none yet'}{near(name, known)}")
+        """What `name` names: the current version of a task, `NAME@VERSION`, `NAME@ALIAS`; or the version given.
+
+        Raises TaskError, for a retired task too, unless its version is named.
+        """
+        reference = parse_reference(name) if version is None else Reference(name, version)
+        name, versions = reference.name, {record.version: record for record in self.versions(reference.name)}
+        if not versions:
+            known = [record.name for record in self.current()]
+            raise TaskError(f"no task {name!r}; the tasks are: {', '.join(known) or 'none yet'}{near(name, known)}")
+        if reference.version is not None:
+            if reference.version not in versions:
+                known = [str(one) for one in versions]
+                raise TaskError(f"task {name!r} has no version {reference.version}; it has {', '.join(known)}")
+            return versions[reference.version]
+        current = next(record for record in versions.values() if not record.superseded)
+        if name in self.retired:
+            raise TaskError(
+                f"task {name!r} is retired; name its version ({current.reference}), or bring it back with "
+                f"`moecl retire RUN {name} --undo`"
+            )
+        if reference.alias is None:
+            return current
+        aliases = self.aliases.get(name, {})
+        if reference.alias not in aliases:
+            raise TaskError(
+                f"task {name!r} has no alias {reference.alias!r}; its aliases are: {', '.join(aliases) or 'none yet'}"
+                f"{near(reference.alias, aliases)}"
+            )
+        return versions[aliases[reference.alias]]
 
     def with_version(self, record: TaskRecord, parts: dict[str, str]) -> Manifest:
         """`record` with `parts` as the newest version of its task, which becomes the last one learned."""
-        latest = max((known.version for known in self.tasks if known.name == record.name), default=0)
-        new = record.model_copy(update={"version": latest + 1, "parts": parts, "superseded": False})
+        changes = {
+            "version": self.newest().get(record.name, 0) + 1,
+            "parts": parts,
+            "superseded": False,
+            "pinned": False,
+        }
+        new = record.model_copy(update=changes)
         tasks = [
             known.model_copy(update={"superseded": True}) if known.name == record.name else known
             for known in self.tasks
         ]
-        return self.model_copy(update={"tasks": [*tasks, new]})
+        retired = [name for name in self.retired if name != record.name]
+        return self.model_copy(update={"tasks": [*tasks, new], "retired": retired})
 
     def with_moved(self, moved: dict[str, str]) -> Manifest:
         """The parts in `moved` with their new digests, in every record under which they move on."""
@@ -120,6 +198,18 @@ class Manifest(_Strict):
             for record in self.tasks
         ]
         return self.model_copy(update={"tasks": tasks})
+
+    def moves(self, moved: dict[str, str]) -> dict[str, JsonValue]:
+        """What `with_moved` changes, by part: from which digests to which."""
+        live = [record.parts for record in self.tasks if record.live]
+        return {
+            part: {"before": list[JsonValue](sorted({parts[part] for parts in live if part in parts})), "after": digest}
+            for part, digest in moved.items()
+        }
+
+    def digests(self) -> set[str]:
+        """The objects that some version of some task needs."""
+        return {digest for record in self.tasks for digest in record.parts.values()}
 
     def users(self, digest: str) -> list[str]:
         """Which parts of which tasks are the object `digest`, in words."""

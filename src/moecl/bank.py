@@ -21,7 +21,7 @@ from moecl.nn.forms import FORMS, from_tensors, to_tensors
 from moecl.nn.fused import Packed
 from moecl.nn.lora import Expert, Gate, Geometry
 from moecl.nn.moe_ffn import Gated
-from moecl.store import BaseInfo, Store, TaskRecord, encode
+from moecl.store import BaseInfo, Manifest, Store, TaskRecord, encode
 
 OURS = MoECLConfig.model_fields["name"].default
 Key = tuple[str, ...]  # what an object is read as, and its digest
@@ -41,10 +41,13 @@ Part = TypeVar("Part", bound=nn.Module | Packs)
 
 
 class Entry:
-    """A task in the bank, and what answers for it: `parts`, given or loaded whenever they are asked for."""
+    """A task in the bank, and what answers for it: `parts`, given or loaded whenever they are asked for.
 
-    def __init__(self, task: Task, parts: Parts | Callable[[], Parts]) -> None:
-        self.task, self._parts = task, parts
+    `name` is what the bank knows it by: the task's name, or `NAME@VERSION` for a version that was asked for.
+    """
+
+    def __init__(self, task: Task, parts: Parts | Callable[[], Parts], name: str | None = None) -> None:
+        self.task, self._parts, self.name = task, parts, name or task.name
 
     @property
     def parts(self) -> Parts:
@@ -92,6 +95,7 @@ class Loaded:
 class Bank(MutableMapping[str, Entry]):
     """Tasks by name, in the order in which they were learned. Looking at them loads nothing; `Entry.parts` does.
 
+    A store's versions are found too (`NAME@VERSION`, `NAME@ALIAS`), as of when its tasks were taken, but not listed.
     Entries that are put in (those of tasks being learned) are kept as they are. A store's are read when they are used:
     an object that tasks share once for all of them, each hashed the first time. `memory` bounds what stays of them, in
     bytes of tensors; `itemsize` is what a number takes in packed matrices. `moving` are parts that take the place of
@@ -104,11 +108,37 @@ class Bank(MutableMapping[str, Entry]):
         self.geometry, self.loaded, self.itemsize = geometry, Loaded(memory), itemsize
         self.moving: Mapping[str, nn.Module] = {}
         self._entries: dict[str, Entry] = {}
+        self._versions: dict[str, Entry] = {}  # those that were asked for
+        self._expected: dict[tuple[Any, int], dict[str, int]] = {}
+        self._store: Store | None = None
+        self._manifest: Manifest | None = None
         self._like = torch.empty(0, device=device)  # where loaded parts go, and in which dtype
         self._lock = threading.RLock()
 
     def __getitem__(self, name: str) -> Entry:
-        return self._entries[name]
+        if "@" not in name:
+            return self._entries[name]
+        try:
+            record = self.named(name)
+        except TaskError as error:
+            raise KeyError(name) from error
+        if record.reference not in self._versions:
+            assert self._store is not None
+            self._versions[record.reference] = self._entry(self._store, record, record.reference)
+        return self._versions[record.reference]
+
+    def check_named(self, name: str) -> None:
+        """Raises TaskError where the store tells better than a list of tasks why there is no `name`."""
+        if "@" in name or (self._manifest is not None and name in self._manifest.retired):
+            self.named(name)
+
+    def named(self, name: str) -> TaskRecord:
+        """The record that `name` names in the store whose tasks were taken. Raises TaskError."""
+        if self._manifest is None:
+            raise TaskError(
+                f"task {name!r:.100}: versions and aliases are a store's; this model was not loaded from one"
+            )
+        return self._manifest.record(name)
 
     def __setitem__(self, name: str, entry: Entry) -> None:
         self._entries[name] = entry
@@ -123,30 +153,42 @@ class Bank(MutableMapping[str, Entry]):
         return len(self._entries)
 
     def take(self, store: Store, records: Iterable[TaskRecord] | None = None) -> None:
-        """Put a store's tasks in (all, or these). Raises StoreError for what can be seen without reading the objects.
+        """Put a store's tasks in (these; or all, and none that it has no more).
 
-        An object whose size is not the expected one is read at once, to tell what is wrong with it.
+        Raises StoreError for what can be seen without reading the objects. An object whose size is not the expected one
+        is read at once, to tell what is wrong with it.
         """
-        expected: dict[tuple[Any, ...], dict[str, int]] = {}
-        for record in store.tasks() if records is None else records:
-            if (form := FORMS.get(record.form)) is None:
-                raise StoreError(f"{store.path}: task {record.name!r} has the form {record.form!r}; upgrade moecl")
-            labels = len(record.task.labels or ()) if record.task.head == "classifier" else 0
-            kind = record.settings.get("rank"), labels
-            if kind not in expected:
-                expected[kind] = object_sizes(self.geometry, *kind)
-            for part, digest in record.parts.items():
-                if store.size(digest) != expected[kind].get(part.partition("-")[0], store.size(digest)):
-                    self._part(store, record, part)
-            wanted = {*form.needs, *(["head"] if labels else [])}
-            scaled = form is FORMS["weights"] or isinstance(record.settings.get("scale"), int | float)
-            if {part for part in record.parts if not part.startswith("lora-")} != wanted or not scaled:
-                raise StoreError(
-                    f"{store.path}: task {record.name!r} has the parts {', '.join(record.parts)}, not "
-                    f"{', '.join(sorted(wanted))} and a scale; restore the store from a copy"
-                )
+        if records is None:
+            records = store.tasks()
+            names = {record.name for record in records}
+            self._entries = {name: one for name, one in self._entries.items() if one.held is not None or name in names}
+        self._store, self._manifest, self._versions = store, store.manifest, {}
+        for record in records:
+            entry = self._entry(store, record, record.name)
             self._entries.pop(record.name, None)  # learned again, it is the last one
-            self._entries[record.name] = Entry(record.task, partial(self._parts, store, record))
+            self._entries[record.name] = entry
+
+    def _entry(self, store: Store, record: TaskRecord, name: str) -> Entry:
+        if (form := FORMS.get(record.form)) is None:
+            raise StoreError(f"{store.path}: task {record.name!r} has the form {record.form!r}; upgrade moecl")
+        labels = len(record.task.labels or ()) if record.task.head == "classifier" else 0
+        expected = self._sizes(record.settings.get("rank"), labels)
+        for part, digest in record.parts.items():
+            if store.size(digest) != expected.get(part.partition("-")[0], store.size(digest)):
+                self._part(store, record, part)
+        wanted = {*form.needs, *(["head"] if labels else [])}
+        scaled = form is FORMS["weights"] or isinstance(record.settings.get("scale"), int | float)
+        if {part for part in record.parts if not part.startswith("lora-")} != wanted or not scaled:
+            raise StoreError(
+                f"{store.path}: task {record.name!r} has the parts {', '.join(record.parts)}, not "
+                f"{', '.join(sorted(wanted))} and a scale; restore the store from a copy"
+            )
+        return Entry(record.task, partial(self._parts, store, record), name)
+
+    def _sizes(self, rank: Any, labels: int) -> dict[str, int]:
+        if (rank, labels) not in self._expected:
+            self._expected[rank, labels] = object_sizes(self.geometry, rank, labels)
+        return self._expected[rank, labels]
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """What `nn.Module._apply` does: parts in memory are changed by `fn`, a store's as they are loaded again."""
@@ -201,6 +243,8 @@ def object_sizes(geometry: Geometry, rank: Any, labels: int) -> dict[str, int]:
 
 def find(bank: Mapping[str, Entry], name: str) -> Entry:
     if (entry := bank.get(name)) is None:
+        if isinstance(bank, Bank):
+            bank.check_named(name)
         known = ", ".join(bank) or "none yet"
         raise TaskError(f"no task {name!r}; the tasks are: {known}{near(name, list(bank))}")
     return entry
@@ -208,7 +252,7 @@ def find(bank: Mapping[str, Entry], name: str) -> Entry:
 
 def settings_of(store: Store) -> tuple[MoECLConfig, int]:
     """How the last task of a store was learned, and the seed."""
-    records = store.tasks()
+    records = store.manifest.tasks
     known = dict(records[-1].settings) if records else {}
     ours = MoECLConfig.model_fields if known.get("method") in (None, OURS) else ("adapt_layers",)
     fields: Any = {name: known[name] for name in ours if name in known}

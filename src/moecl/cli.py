@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from typer.main import get_command
 
-from moecl import cli_bench, cli_compare, cli_review, cli_router
+from moecl import cli_bench, cli_compare, cli_export, cli_review, cli_router, cli_store
 from moecl._sizes import parse_size, size
 from moecl.errors import AssetError, ConfigError, RunError, near
 from moecl.terminal import Command, CommandWithKeys, explain, quietly
@@ -253,7 +253,8 @@ def predict(
         Path | None, typer.Argument(metavar="FILE", help="JSONL rows or plain lines; default standard input.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option("--task", metavar="NAME", help="The task that answers; `moecl tasks RUN` lists them.")
+        str | None,
+        typer.Option("--task", metavar="NAME", help="The task that answers: NAME, NAME@VERSION or NAME@ALIAS."),
     ] = None,
     thresholds: Annotated[
         Path | None,
@@ -312,19 +313,8 @@ def evaluate(
     print(json.dumps(rows, ensure_ascii=False)) if as_json else show_scores(out, rows)
 
 
-@app.command(cls=Command, epilog="moecl tasks runs/mine")
-def tasks(run: Run, as_json: AsJson = False) -> None:
-    """List what a run has learned.
-
-    The score is that of the end of the run, and a sha256 that of the task's own expert.
-    """
-    from moecl.show import show_tasks
-    from moecl.using import learned
-
-    rows = learned(run)
-    print(json.dumps(rows, ensure_ascii=False)) if as_json else show_tasks(out, rows)
-
-
+cli_store.register(app)
+app.command(cls=Command, epilog=cli_export.EXAMPLES)(cli_export.export)
 app.command(cls=Command, epilog=cli_compare.EXAMPLES)(cli_compare.compare)
 app.command(cls=Command, epilog=cli_review.EXAMPLES)(cli_review.review)
 app.command(cls=Command, epilog=cli_router.EXAMPLES)(cli_router.router)

@@ -46,7 +46,10 @@ GREEDY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """An answer. `scores` are the labels' shares of the probability, summing to 1; empty for a generated answer."""
+    """An answer. `scores` are the labels' shares of the probability, summing to 1; empty for a generated answer.
+
+    `task` is the name of the task that answered, with its version (`NAME@3`) where one, or an alias, was asked for.
+    """
 
     task: str
     label: str
@@ -199,7 +202,7 @@ class Engine:
         if task.kind == "generation":
             return ("text",)
         if task.head == "classifier":
-            return ("head", task.name)
+            return ("head", request.entry.name)
         if request.encoder.single_tokens:
             return ("word",)
         return "words", len(self.trie(request.encoder).paths)
@@ -289,7 +292,7 @@ class Engine:
             tokens = self.model.base.generate(**inputs, **settings)  # type: ignore[operator]
         answers = [before(end, ids) for ids in tokens[:, width:].tolist()]
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [Prediction(one.entry.task.name, text.strip(), {}) for one, text in zip(batch, texts, strict=True)]
+        return [Prediction(one.entry.name, text.strip(), {}) for one, text in zip(batch, texts, strict=True)]
 
     @property
     def pad_id(self) -> int:
@@ -300,7 +303,7 @@ class Engine:
         """Left-padded ids, mask and positions, and the call that runs each row with its task's parts."""
         padded = collate([request.row for request in batch], self.pad_id, side="left", answers=False)
         ids, mask = padded["input_ids"].to(self.model.device), padded["attention_mask"].to(self.model.device)
-        call = self.model.call([request.entry.task.name for request in batch], len(batch), self.bank)
+        call = self.model.call([request.entry.name for request in batch], len(batch), self.bank)
         call.attention_mask = mask
         if one_forward and self.prefixes is not None:
             call.prefix = self.prefixes.batch([request.row.input_ids for request in batch], "left")
@@ -341,7 +344,7 @@ def choose(request: Request, scores: Tensor) -> Prediction:
     shares = scores.float().softmax(dim=0).tolist()
     best = int(scores.argmax())
     labels = list(task.labels or ())
-    return Prediction(task.name, labels[best], dict(zip(labels, shares, strict=True)))
+    return Prediction(request.entry.name, labels[best], dict(zip(labels, shares, strict=True)))
 
 
 def last_only(input_ids: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class MoECLConfig(MethodConfig):
         default="gaussian", description="how the discriminator remembers old tasks; none: as in the paper, not at all"
     )
     warm_start: Literal["zero", "shared", "nearest"] = Field(
-        default="nearest",
+        default="zero",
         description="a new task's expert starts as no change, as the shared expert, or as the best fitting old one",
     )
     experts: Literal["both", "task", "shared"] = Field(
@@ -66,9 +66,7 @@ class MoECLConfig(MethodConfig):
     @classmethod
     def paper(cls) -> Self:
         """The settings of arXiv 2509.18133 and its published code."""
-        return cls(
-            dropout=0.05, retention="live", gate="shared", gate_std=0.02, discriminator_memory="none", warm_start="zero"
-        )
+        return cls(dropout=0.05, retention="live", gate="shared", gate_std=0.02, discriminator_memory="none")
 
 
 class LoRAConfig(MethodConfig):

@@ -33,7 +33,7 @@ from moecl.nn.gated import GatedLearner
 from moecl.nn.inject import Injected
 from moecl.nn.lora import Geometry
 from moecl.nn.moe_ffn import pack_bytes
-from moecl.store import BaseInfo, Store, TaskRecord
+from moecl.store import LOG, BaseInfo, Store, TaskRecord
 
 __all__ = ["Entry", "MoECL", "MoECLOutput", "TaskNames"]
 
@@ -296,6 +296,7 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
     ) -> None:
         """Write a store to a new or empty folder: every task, and what further learning needs. Raises StoreError.
 
+        Each task is version 1 there; older versions, aliases and retired tasks are what a copy of the folder has.
         The open task is stored as it is now, and stays open. The mixin's `config` and `model_card_kwargs` are not used.
         """
         self._take_up()
@@ -313,12 +314,16 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
             learner = copy.deepcopy(learner)
             learner.finish()
         training = None if learner is None else learner.export()
-        store.commit((record(entry) for entry in self.bank.values()), training)  # one task's parts at a time
+        records = (record(entry) for entry in self.bank.values())  # one task's parts at a time
+        store.commit(records, training, what="save")
         store.write_card()
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Save to a repository of the hub; keyword arguments are those of huggingface_hub's mixin."""
-        return super().push_to_hub(repo_id, **{"ignore_patterns": [".lock"], **kwargs})
+        """Save to a repository of the hub; keyword arguments are those of huggingface_hub's mixin.
+
+        Without the audit log, which names accounts and commands of this machine.
+        """
+        return super().push_to_hub(repo_id, **{"ignore_patterns": [".lock", LOG], **kwargs})
 
     @classmethod
     def from_pretrained(

@@ -57,7 +57,10 @@ class Session:
         torch.set_num_threads(train.threads or torch.get_num_threads())
         store = Store.open(folder.store) if Store.exists(folder.store) else None
         learned = {record.name: record for record in store.tasks()} if store else {}
-        self.courses = [self._read(task, learned.get(task.name)) for task in self.config.tasks]  # faults in data first
+        newest = store.manifest.newest() if store else {}
+        self.courses = [  # faults in data first
+            self._read(task, learned.get(task.name), newest.get(task.name, 0)) for task in self.config.tasks
+        ]
         self.evidence = Evidence(folder, self.progress, [task.name for task in self.config.tasks], watcher.note)
         backbone = load_backbone(config.base, train.precision, train.device, watcher.fetching)
         assert backbone.tokenizer is not None
@@ -77,10 +80,12 @@ class Session:
             self.model.gradient_checkpointing_enable()
         self._take_up()
 
-    def _read(self, config: TaskConfig, learned: TaskRecord | None) -> Course:
-        """A task still to learn with all its rows; of a learned one those that score it, if they are still the same."""
-        wanted = self.progress.versions.get(config.name, 1)
-        if learned is None or learned.version < wanted:
+    def _read(self, config: TaskConfig, learned: TaskRecord | None, newest: int) -> Course:
+        """A task still to learn with all its rows; of a learned one those that score it, if they are still the same.
+
+        `newest`: the greatest number that a version of it ever had, whichever answers now.
+        """
+        if newest < self.progress.versions.get(config.name, 1):
             data = load_task_data(config)
             update = {
                 "head": data.task.head or self.config.head,
@@ -90,6 +95,9 @@ class Session:
             course.test = None if data.test is None else (data.test, [])
             course.validation = None if data.validation is None else (data.validation, [])
             return course
+        if learned is None:
+            self.watcher.note(f"task {config.name}: not tested any more (it was retired or deleted)")
+            return Course(config)
         if config.name not in self.progress.details:
             raise RunError(
                 f"{self.folder.path}: its store has task {config.name!r}, but neither result.json nor progress.json "
@@ -163,7 +171,7 @@ class Session:
     def _take_up(self) -> None:
         """The tasks that the store has, and the method's state after them."""
         self.model.load_tasks(self.store, self.expert_memory)
-        if self.model.bank:
+        if self.store.manifest.begun:
             with fitting(f"{self.store.path}: its state for further learning"):
                 state = self.store.training()
                 if STATE in state:
@@ -203,7 +211,7 @@ class Session:
 
     def _advance(self, number: int) -> bool:
         """Learn what is due after `number - 1` tasks and measure row `number` of R; whether anything was left to do."""
-        due = [course for course in self._due(number) if course.name not in self.model.bank]
+        due = [course for course in self._due(number) if course.data is not None]
         if due:
             self._learn(due)
         if measures := len(self.progress.R) == number:
@@ -348,7 +356,7 @@ class Session:
             details=self.progress.details,
             items={name: Items(**self.progress.items[name]) for name in names if name in self.progress.items},
             environment=self.environment(),
-            digests={name: digests[name] for name in names},
+            digests={name: digests[name] for name in names if name in digests},
             resumed=self.progress.resumed,
         )
         self.folder.finish(result)

@@ -65,18 +65,6 @@ def score_cell(score: float | None, learned: bool) -> Text:
     return Text(show_score(score), style="bold" if learned and score is not None else "dim")
 
 
-def show_tasks(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    table = plain_table("task", "labels", "metric", score="right", size="right", sha256="left")
-    for row in rows:
-        version = f", version {row['version']}" if row["version"] > 1 else ""
-        labels = summed([*row["labels"]], "labels") if row["labels"] else "-"
-        digest = row["parts"].get("task", next(iter(row["parts"].values())))[:12]
-        table.add_row(
-            row["task"] + version, labels, row["metric"], show_score(row["score"]), size(row["bytes"]), digest
-        )
-    console.print(table)
-
-
 def show_methods(console: Console, rows: Sequence[Mapping[str, str]]) -> None:
     table = plain_table("method", "trains", "stores", "needs to answer or learn")
     for row in rows:

@@ -1,7 +1,8 @@
 """The parts of a model on disk: content-addressed, versioned, written so that a reader never sees half a change.
 
     manifest.json                  what the model is; replaced in one rename, after everything it names is on disk
-    objects/<sha256>.safetensors   one part each (an expert, a gate, a head); written once, removed by `gc` only
+    audit.jsonl                    every change (_audit.py), a line before each new manifest
+    objects/<sha256>.safetensors   one part each (an expert, a gate, a head); written once, removed by `gc` and `delete`
     training/<name>-<sha256>...    what only further learning needs; the newest copy
     tmp/                           files being written; what a killed writer left is removed by the next one
     .lock                          held by the one writer; readers need none
@@ -12,32 +13,31 @@ Safetensors only: nothing in a store is ever executed.
 from __future__ import annotations
 
 import hashlib
-import json
-import mmap
 import os
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors.torch
-from safetensors import SafetensorError
-from torch import Tensor, contiguous_format
+from pydantic import JsonValue
+from torch import Tensor
 
+from moecl import _audit, _versions
 from moecl._atomic import atomic_write, lock_file, one_line, remove_drafts, sync_folder
+from moecl._audit import LOG, Change
 from moecl._card import model_card
 from moecl._manifest import FORMAT, HEX, BaseInfo, Manifest, TaskRecord, parse_manifest
+from moecl._objects import Removed, check_finite, compare, encode, in_words, others, read_file, remove
+from moecl._versions import PRODUCTION, Edit
 from moecl.errors import StoreError
 
-__all__ = ["FORMAT", "BaseInfo", "Manifest", "ObjectBytes", "Removed", "Store", "TaskRecord", "encode"]
+__all__ = ["FORMAT", "LOG", "BaseInfo", "Manifest", "ObjectBytes", "Removed", "Store", "TaskRecord", "encode"]
 
 MANIFEST, LOCK = "manifest.json", ".lock"
 FOLDERS = ("objects", "training", "tmp")
-REMEDY = "restore it from a copy of the store, or learn the task again"
 
 
 class ObjectBytes(NamedTuple):
@@ -47,25 +47,11 @@ class ObjectBytes(NamedTuple):
     shared: int
 
 
-class Removed(NamedTuple):
-    """What `gc` removed."""
-
-    files: int
-    bytes: int
-
-
-def encode(tensors: Mapping[str, Tensor]) -> bytes:
-    """Canonical safetensors bytes: equal tensors, in whatever order, layout or device, give equal bytes."""
-    # Clones, because safetensors refuses tensors that share memory; it sorts by dtype and name itself.
-    return safetensors.torch.save(
-        {name: tensor.detach().cpu().clone(memory_format=contiguous_format) for name, tensor in tensors.items()}
-    )
-
-
 class Store:
     """A store folder, open. `manifest` is the model as it was when last read: `refresh` reads it again.
 
-    Several processes may read while one writes; what a reader's manifest names stays until `gc`.
+    Several processes may read while one writes; what a reader's manifest names stays until `gc` or `delete`. A task is
+    named `NAME`, `NAME@VERSION` or `NAME@ALIAS`.
     """
 
     manifest: Manifest
@@ -94,7 +80,9 @@ class Store:
             _refuse_occupied(path)  # another may have been faster
             _make_folders(path)
             sync_folder(path.parent)
-            atomic_write(path / MANIFEST, Manifest(base=base).dump(), tmp=path / "tmp", error=StoreError)
+            data = Manifest(base=base).dump()
+            _audit.append(path, "create", [], {"base": base.model_dump()}, None, _sha256(data))
+            atomic_write(path / MANIFEST, data, tmp=path / "tmp", error=StoreError)
         return cls(path)
 
     @staticmethod
@@ -105,13 +93,14 @@ class Store:
         """Read the manifest again; whether it changed. Raises `StoreError`."""
         path = self.path / MANIFEST
         try:
-            manifest = parse_manifest(path, path.read_bytes())
+            data = path.read_bytes()
+            manifest = parse_manifest(path, data)
         except (FileNotFoundError, NotADirectoryError) as cause:
             raise StoreError(f"{self.path}: not a store: {_found(self.path)}") from cause
         except OSError as cause:
             raise StoreError(f"{path}: not readable ({cause.strerror}); change its permissions") from cause
         changed = manifest != getattr(self, "manifest", None)
-        self.manifest = manifest
+        self.manifest, self._sha256 = manifest, _sha256(data)
         return changed
 
     @contextmanager
@@ -140,15 +129,15 @@ class Store:
     # Reading
 
     def tasks(self) -> list[TaskRecord]:
-        """The current version of each task, in order."""
+        """The current version of each task that is not retired, in order."""
         return self.manifest.current()
 
     def versions(self, name: str) -> list[TaskRecord]:
         """Every version of a task, the oldest first; empty for an unknown one."""
-        return [record for record in self.manifest.tasks if record.name == name]
+        return self.manifest.versions(name)
 
     def record(self, name: str, version: int | None = None) -> TaskRecord:
-        """A task's current version, or the one given. Raises `TaskError`."""
+        """What `name` names, or the version given. Raises `TaskError`."""
         return self.manifest.record(name, version)
 
     def digests(self, name: str) -> dict[str, str]:
@@ -167,6 +156,15 @@ class Store:
             for name, digests in needed.items()
         }
 
+    def bytes_of(self, record: TaskRecord) -> int | None:
+        """Bytes of a version's objects; None where one is missing."""
+        sizes = [self.size(digest) for digest in set(record.parts.values())]
+        return None if None in sizes else sum(size or 0 for size in sizes)
+
+    def audit(self) -> Iterator[tuple[int, _audit.Line | None]]:
+        """The lines of the audit log with their numbers; None for one that was altered."""
+        return _audit.read(self.path)
+
     def size(self, digest: str) -> int | None:
         """Bytes of an object, which is not read; None where it is missing."""
         try:
@@ -182,7 +180,7 @@ class Store:
         """
         tensors = self._mapped(digest, again=True)
         if expect is not None:
-            _compare(self._object(digest), tensors, expect)
+            compare(self._object(digest), tensors, expect)
         return tensors
 
     def read_again(self, digest: str) -> dict[str, Tensor]:
@@ -193,7 +191,9 @@ class Store:
         if not HEX.fullmatch(digest):  # nothing else may reach the file system
             raise StoreError(f"{self.path}: {digest!r:.80} is not a sha256 in hexadecimal")
         known = digest in self._whole and not again
-        tensors = _read(self._object(digest), None if known else digest, lambda: _in_words(self.manifest.users(digest)))
+        tensors = read_file(
+            self._object(digest), None if known else digest, lambda: in_words(self.manifest.users(digest))
+        )
         self._whole.add(digest)
         return tensors
 
@@ -206,7 +206,7 @@ class Store:
             digests = self.manifest.training
             try:
                 return {
-                    name: _read(self._training(name, digest), digest, partial("further learning ({})".format, name))
+                    name: read_file(self._training(name, digest), digest, partial("further learning ({})".format, name))
                     for name, digest in digests.items()
                     if not names or name in names
                 }
@@ -216,17 +216,31 @@ class Store:
                     raise
 
     def verify(self) -> list[str]:
-        """Hash everything the newest manifest names: one line a problem, none when the store is whole."""
-        self.refresh()
-        digests = dict.fromkeys(digest for record in self.manifest.tasks for digest in record.parts.values())
-        checks: list[Callable[[], object]] = [partial(self.read, digest) for digest in digests]
-        problems = []
-        for check in [*checks, self.training]:
+        """Read everything the newest manifest names: one line a problem, none when the store is whole.
+
+        What is missing, damaged or not finite, and where the audit log does not tell how the store came to be.
+        """
+        while True:
+            self.refresh()
+            problems = _audit.problems(self.path, self._sha256)
+            if not self.refresh():  # else a writer wrote between the two
+                break
+        checks: list[Callable[[], object]] = [
+            partial(self._verify_object, digest) for digest in sorted(self.manifest.digests())
+        ]
+        for check in [*checks, self._verify_training]:
             try:
                 check()
             except StoreError as problem:
                 problems.append(str(problem))
         return problems
+
+    def _verify_object(self, digest: str) -> None:
+        check_finite(self._object(digest), self.read(digest), in_words(self.manifest.users(digest)))
+
+    def _verify_training(self) -> None:
+        for name, tensors in self.training().items():
+            check_finite(self.path / "training", tensors, f"further learning ({name})")
 
     # Writing
 
@@ -235,34 +249,89 @@ class Store:
         records: Iterable[tuple[TaskRecord, Mapping[str, Mapping[str, Tensor]]]] = (),
         training: Mapping[str, Mapping[str, Tensor]] | None = None,
         moved: Mapping[str, Mapping[str, Tensor]] | None = None,
+        what: str = "learn",
     ) -> Manifest:
         """Add versions of tasks (a record's `version` and `parts` are set here), all in one change.
 
         `moved` replaces these parts in the current version of every task with retention live; `training` replaces all
-        of the state for further learning, None keeps it. Raises `StoreError` (disk full, not writable) and `BusyError`;
-        the old model is then intact.
+        of the state for further learning, None keeps it; `what` is the log's word for the change. Raises `StoreError`
+        (disk full, not writable) and `BusyError`; the old model is then intact.
         """
         with self.lock(), one_line(self.path, StoreError):
-            manifest = self.manifest
+            manifest, detail = self.manifest, dict[str, JsonValue]()
             for record, parts in records:
                 manifest = manifest.with_version(record, {part: self._add(parts[part]) for part in sorted(parts)})
             if moved:
-                manifest = manifest.with_moved({part: self._add(tensors) for part, tensors in moved.items()})
+                digests = {part: self._add(tensors) for part, tensors in moved.items()}
+                detail["moved"] = manifest.moves(digests)
+                manifest = manifest.with_moved(digests)
             if training is not None:
                 digests = {name: self._add(training[name], name) for name in sorted(training)}
                 manifest = manifest.model_copy(update={"training": digests})
-            self._replace_manifest(manifest)
+            self._replace_manifest(what, Edit(manifest, _versions.changes(self.manifest, manifest), detail))
             with suppress(OSError):  # the change is done; gc tries again
-                self._sweep_training()
+                remove(self._old_training())
             return self.manifest
+
+    def promote(self, reference: str, alias: str = PRODUCTION) -> TaskRecord:
+        """Let `NAME@alias` mean what `reference` names. Raises TaskError, StoreError, BusyError, as all that follow."""
+        self._edit("promote", lambda before: _versions.promoted(before, reference, alias))
+        return self.record(reference)
+
+    def remove_alias(self, name: str, alias: str = PRODUCTION) -> None:
+        self._edit("promote", lambda before: _versions.unpromoted(before, name, alias))
+
+    def rollback(self, name: str, to: int | None = None) -> TaskRecord:
+        """Make an older version the current one (that before the current one, or `to`), with the answers it had."""
+        self._edit("rollback", lambda before: _versions.rolled_back(before, name, to))
+        return self.record(name)
+
+    def retire(self, name: str) -> None:
+        """Hide a task: it answers only where its version is named."""
+        self._edit("retire", lambda before: _versions.retired(before, name))
+
+    def unretire(self, name: str) -> TaskRecord:
+        self._edit("unretire", lambda before: _versions.unretired(before, name))
+        return self.record(name)
+
+    def delete(self, reference: str) -> Removed:
+        """Remove a version that is not in use, or a task whole, and the objects that nothing else needs."""
+        with self.lock(), one_line(self.path, StoreError):
+            before = self.manifest.digests()
+            self._edit("delete", lambda manifest: _versions.deleted(manifest, reference))
+            return remove(filter(Path.exists, map(self._object, sorted(before - self.manifest.digests()))))
+
+    def would_delete(self, reference: str) -> list[TaskRecord]:
+        """The versions that `delete` would remove."""
+        return _versions.to_delete(self.manifest, reference)
 
     def gc(self) -> Removed:
         """Remove what no version of any task needs. Readers that opened the store before a change must refresh."""
         with self.lock(), one_line(self.path, StoreError):
-            needed = {digest for record in self.manifest.tasks for digest in record.parts.values()}
-            objects = _sweep(self.path / "objects", {self._object(digest).name for digest in needed})
-            training = self._sweep_training()
-            return Removed(objects.files + training.files, objects.bytes + training.bytes)
+            needed = {self._object(digest).name for digest in self.manifest.digests()}
+            spare = [*others(self.path / "objects", needed), *self._old_training()]
+            if not spare:
+                return Removed(0, 0)
+            detail: dict[str, JsonValue] = {"files": len(spare), "bytes": sum(path.stat().st_size for path in spare)}
+            try:
+                self.log("gc", [], detail)
+            except StoreError:  # a full disk is freed first
+                removed = remove(spare)
+                self.log("gc", [], detail)
+                return removed
+            return remove(spare)
+
+    def log_export(self, record: TaskRecord, kind: str) -> None:
+        self.log("export", [_versions.change(record.name, record, record)], {"as": kind})
+
+    def log(self, what: str, changes: Sequence[Change], detail: Mapping[str, JsonValue]) -> None:
+        """Write down in the audit log what leaves the model as it is."""
+        with self.lock():
+            _audit.append(self.path, what, [*changes], dict(detail), self._sha256, self._sha256)
+
+    def _edit(self, what: str, make: Callable[[Manifest], Edit]) -> None:
+        with self.lock(), one_line(self.path, StoreError):
+            self._replace_manifest(what, make(self.manifest))
 
     def write_card(self, result_markdown: str = "") -> None:
         """README.md, a model card for people and for the hub; `result_markdown` goes under its heading Result."""
@@ -293,28 +362,23 @@ class Store:
             atomic_write(path, data, tmp=self.path / "tmp", error=StoreError)
         return digest
 
-    def _replace_manifest(self, manifest: Manifest) -> None:
+    def _replace_manifest(self, what: str, edit: Edit) -> None:
+        manifest = edit.manifest.model_copy(update={"format": FORMAT})
         data = manifest.dump()
         manifest = parse_manifest(self.path / MANIFEST, data)  # never write what could not be read
         sync_folder(self.path / "objects")  # what was found there may be a killed writer's
         sync_folder(self.path / "training")
+        _audit.append(self.path, what, edit.changes, edit.detail, self._sha256, _sha256(data))
         atomic_write(self.path / MANIFEST, data, tmp=self.path / "tmp", error=StoreError)
-        self.manifest = manifest
+        self.manifest, self._sha256 = manifest, _sha256(data)
 
-    def _sweep_training(self) -> Removed:
+    def _old_training(self) -> list[Path]:
         keep = {self._training(name, digest).name for name, digest in self.manifest.training.items()}
-        return _sweep(self.path / "training", keep)
+        return others(self.path / "training", keep)
 
 
-def _sweep(folder: Path, keep: set[str]) -> Removed:
-    """Remove a folder's objects but those in `keep`; files that no store wrote stay."""
-    found = [entry for entry in os.scandir(folder) if re.fullmatch(r"(.+-)?[0-9a-f]{64}\.safetensors", entry.name)]
-    sizes = []
-    for entry in found:
-        if entry.name not in keep:
-            sizes.append(entry.stat(follow_symlinks=False).st_size)
-            os.unlink(entry)
-    return Removed(len(sizes), sum(sizes))
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _make_folders(path: Path) -> None:
@@ -325,7 +389,7 @@ def _make_folders(path: Path) -> None:
 def _refuse_occupied(path: Path) -> None:
     if Store.exists(path):
         raise StoreError(f"{path}: already a store; open it, or choose another folder")
-    if path.exists() and not (path.is_dir() and set(os.listdir(path)) <= {*FOLDERS, LOCK}):
+    if path.exists() and not (path.is_dir() and set(os.listdir(path)) <= {*FOLDERS, LOCK, LOG}):
         raise StoreError(f"{path}: {_found(path)}; a store needs a new or empty folder")
 
 
@@ -340,62 +404,6 @@ def _found(path: Path) -> str:
     names = sorted(os.listdir(path))
     if not names:
         return "it is an empty folder"
-    if set(names) <= {*FOLDERS, LOCK}:
+    if set(names) <= {*FOLDERS, LOCK, LOG}:
         return "it is a store without its manifest.json; copy it again, or start again what was making it"
     return f"it is a folder with {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
-
-
-def _in_words(users: list[str]) -> str:
-    more = f" and {len(users) - 2} more" if len(users) > 2 else ""
-    return ", ".join(users[:2]) + more if users else "no task"
-
-
-def _read(path: Path, digest: str | None, users: Callable[[], str]) -> dict[str, Tensor]:
-    """The tensors of the file `path`, mapped; its sha256 must be `digest`, if given. Raises `StoreError`."""
-    try:
-        if digest is not None:
-            _check(path, digest, users)
-        return safetensors.torch.load_file(path)
-    except (OSError, RuntimeError) as cause:  # RuntimeError: how torch says that it cannot map
-        if not path.exists():
-            raise StoreError(f"{path}: missing; needed by {users()}; {REMEDY}") from cause
-        reason = getattr(cause, "strerror", None) or str(cause).partition("\n")[0]
-        raise StoreError(f"{path}: not readable ({reason}); needed by {users()}; change its permissions") from cause
-    except (SafetensorError, KeyError) as cause:
-        raise StoreError(f"{path}: not a safetensors file ({cause}); needed by {users()}; {REMEDY}") from cause
-
-
-def _check(path: Path, digest: str, users: Callable[[], str]) -> None:
-    with path.open("rb") as file:
-        empty = os.fstat(file.fileno()).st_size == 0
-        with nullcontext(b"") if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            found = hashlib.sha256(data).hexdigest()
-            if found != digest:
-                what = f"{_damage(data)}: its sha256 is {found}, not {digest}"
-                raise StoreError(f"{path}: {what}; needed by {users()}; {REMEDY}")
-
-
-def _damage(data: bytes | mmap.mmap) -> str:
-    """Truncated or altered, judged by the length that the header tells."""
-    try:
-        start = 8 + int.from_bytes(data[:8], "little")
-        whole = start + max(end for tensor in json.loads(data[8:start]).values() for end in tensor["data_offsets"])
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return "truncated or altered"
-    return f"truncated ({len(data)} of {whole} bytes)" if len(data) < whole else "altered"
-
-
-def _compare(path: Path, tensors: Mapping[str, Tensor], expect: Mapping[str, Sequence[int]]) -> None:
-    missing, unexpected = sorted(expect.keys() - tensors.keys()), sorted(tensors.keys() - expect.keys())
-    what = [f"no tensor {name!r}" for name in missing[:1]] + [
-        f"an unexpected tensor {name!r}" for name in unexpected[:1]
-    ]
-    if what:
-        count = len(missing) + len(unexpected)
-        raise StoreError(f"{path}: has {' and '.join(what)} ({count} names differ); is it another model's? {REMEDY}")
-    for name, shape in expect.items():
-        if tuple(tensors[name].shape) != tuple(shape):
-            found = list(tensors[name].shape)
-            raise StoreError(
-                f"{path}: {name} has shape {found}, expected {list(shape)}; is it another model's? {REMEDY}"
-            )

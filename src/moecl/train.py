@@ -127,7 +127,7 @@ def goes_on(run: RunFolder, task: TaskConfig) -> bool:
 def has_newest(run: RunFolder) -> bool:
     """Whether the newest task's learning is done, so that only its test may be left."""
     name, versions = run.config().tasks[-1].name, run.progress().get("versions", {})
-    return any(one.name == name and one.version >= versions.get(name, 1) for one in Store.open(run.store).tasks())
+    return bool(Store.open(run.store).manifest.newest().get(name, 0) >= versions.get(name, 1))
 
 
 def digests(data: TaskData) -> dict[str, str]:
@@ -137,7 +137,7 @@ def digests(data: TaskData) -> dict[str, str]:
 def known_version(run: RunFolder, known: list[str], name: str) -> int:
     if name not in known:
         raise TaskError(f"no task {name!r} to replace; the tasks are: {', '.join(known)}{near(name, known)}")
-    return Store.open(run.store).record(name).version
+    return Store.open(run.store).manifest.newest()[name]
 
 
 def reopened(result: Result, name: str) -> Progress:

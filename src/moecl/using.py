@@ -7,41 +7,54 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moecl.errors import DataError, MoECLError, RunError, TaskError
+from moecl.errors import AssetError, BaseError, DataError, MoECLError, RunError, StoreError, TaskError
 from moecl.review import TaskThresholds, Thresholds, decide, rounded
 from moecl.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from moecl.config import StreamConfig
     from moecl.course import Watcher
     from moecl.data.task import Split
     from moecl.engine import Engine, Prediction
+    from moecl.export import Parity
     from moecl.model import MoECL
     from moecl.routed import Routed
     from moecl.router import Router
     from moecl.routing import Routing
-    from moecl.store import Store
+    from moecl.store import Store, TaskRecord
 
 AUTO = "auto"  # in the place of a task's name: whichever task a text is for
 STEP = 64  # rows that are answered at once
 
 
-def learned(run: Path) -> list[dict[str, Any]]:
-    """A row a task, its score that of the end of the run."""
+def learned(run: Path, everything: bool = False) -> list[dict[str, Any]]:
+    """A row a task, its score that of the end of the run, where that is the version that answers now.
+
+    With `everything` also older versions and retired tasks, by task and version.
+    """
     store, result = open_store(run), RunFolder(run).finished()
     last = dict(zip(result.tasks, result.R[-1], strict=True)) if result else {}
-    sizes = store.bytes()
+    manifest, digests = store.manifest, result.digests if result else {}
+    records = store.tasks()
+    if everything:
+        names = list(dict.fromkeys(record.name for record in manifest.tasks))
+        records = [record for name in names for record in manifest.versions(name)]
     return [
         {
             "task": record.name,
             "version": record.version,
+            "versions": len(manifest.versions(record.name)),
+            "current": not record.superseded,
+            "retired": record.name in manifest.retired,
+            "aliases": manifest.aliases_of(record),
             "kind": record.task.kind,
             "labels": list(record.task.labels or ()),
             "metric": record.task.metric,
-            "score": last.get(record.name),
-            "bytes": sum(sizes[record.name]),
+            "score": last.get(record.name) if digests.get(record.name) == record.parts else None,
+            "bytes": store.bytes_of(record),
             "parts": dict(record.parts),
         }
-        for record in store.tasks()
+        for record in records
     ]
 
 
@@ -57,12 +70,12 @@ def answers(
     if task == AUTO:
         yield from routed_answers(store, file, device, expert_memory, thresholds)
         return
-    record = store.record(task or only_task(store))
-    name = record.name
+    asked = task or only_task(store)
+    record = store.record(asked)
     levels = (
         None
         if thresholds is None
-        else Thresholds.load(thresholds).of(name, record.task.labels or (), record.parts, thresholds)
+        else Thresholds.load(thresholds).of(record.name, record.task.labels or (), record.parts, thresholds)
     )
     with lines_of(file) as lines:
         first = next(lines, None)
@@ -72,9 +85,9 @@ def answers(
         from moecl.engine import Engine
 
         engine = Engine(load(store, device, expert_memory))
-        rows = rows_from_lines(chain([first], lines), engine.bank[name].task, "stdin" if file is None else str(file))
+        rows = rows_from_lines(chain([first], lines), record.task, "stdin" if file is None else str(file))
         for chunk in chunks(rows, 1 if file is None and sys.stdin.isatty() else STEP):
-            found = engine.predict(chunk, name)
+            found = engine.predict(chunk, asked)
             yield [answer(one, row.label, levels) for one, row in zip(found, chunk, strict=True)]
 
 
@@ -167,16 +180,8 @@ def scores(
 
 
 def read_splits(run: Path, store: "Store", names: Sequence[str], split: str) -> dict[str, "Split"]:
-    from moecl.data.task import read_split
-
-    sources = {task.name: task for task in RunFolder(run).config().tasks}
-    found = {}
-    for name in (store.record(name).name for name in names):
-        source = getattr(sources[name], split)
-        if source is None:
-            raise DataError(f"task {name!r} has no {split} rows in {run / 'config.yaml'}; choose another --split")
-        found[name] = read_split(source, store.record(name).task, getattr(sources[name].limit, split), split)
-    return found
+    config = RunFolder(run).config()
+    return {asked: split_of(config, store.record(asked), split, run) for asked in names}
 
 
 def routing(run: Path, split: str, device: str, expert_memory: str) -> "Routing":
@@ -195,7 +200,49 @@ def routing(run: Path, split: str, device: str, expert_memory: str) -> "Routing"
     return found
 
 
-def open_store(run: Path) -> "Store":
+def exported(
+    run: Path, name: str, output: Path, kind: str, expert: str | None, max_disagreement: float, device: str
+) -> "tuple[Parity | None, str]":
+    """Write a task as an adapter, unless its parity is refused; and why the store's log does not tell of it."""
+    store = open_store(run)
+    record = store.record(name)
+    rows = split_of(RunFolder(run).config(), record, "validation", run).examples if kind == "static-lora" else []
+    from moecl.adapter import adapter, check_free, write_folder
+    from moecl.engine import Engine
+    from moecl.export import one_expert, one_lora, report, source
+    from moecl.store import Store
+
+    check_free(output)
+    engine = Engine(load(store, device, "2GB"))
+    entry, parity = engine.bank[name], None
+    if kind == "static-lora":
+        lora, parity = one_lora(engine, entry, rows)
+        if 1 - parity.agreement > max_disagreement:
+            return parity, ""
+    else:
+        lora = one_expert(entry, expert)
+    files = adapter(engine.model, lora) | source(store, record, kind, expert)
+    write_folder(output, files | ({} if parity is None else report(parity)))
+    try:
+        Store.open(store.path).log_export(record, kind)
+    except MoECLError as error:
+        return parity, f"not in the store's log: {error}"
+    return parity, ""
+
+
+def split_of(config: "StreamConfig", record: "TaskRecord", split: str, run: Path) -> "Split":
+    """A split of a task as the run's config.yaml names it. Raises DataError where it names none."""
+    from moecl.data.task import read_split
+
+    source = next((task for task in config.tasks if task.name == record.name), None)
+    rows = None if source is None else getattr(source, split)
+    if source is None or rows is None:
+        where = run / "config.yaml"
+        raise DataError(f"task {record.name!r} has no {split} rows in {where}; choose another --split")
+    return read_split(rows, record.task, getattr(source.limit, split), split)
+
+
+def open_store(run: Path, readonly: bool = True) -> "Store":
     """The store of a run, or the folder itself where it is one."""
     if not run.is_dir():
         raise RunError(f"{run}: no such folder; give one that `moecl train STREAM -o RUN` has made")
@@ -204,13 +251,30 @@ def open_store(run: Path) -> "Store":
     found = next((path for path in (run, run / "store") if Store.exists(path)), None)
     if found is None:
         raise RunError(f"{run}: not a run folder; give one that `moecl train STREAM -o RUN` has made")
-    return Store.open(found, readonly=True)
+    return Store.open(found, readonly=readonly)
 
 
 def load(store: "Store", device: str, expert_memory: str) -> "MoECL":
     from moecl.model import MoECL
 
     return MoECL.from_store(store, device=device, expert_memory=expert_memory)
+
+
+def problems_on_base(store: "Store", device: str) -> list[str]:
+    """A line for each version whose parts do not fit the base that the store names, or for that base."""
+    from moecl.model import MoECL
+
+    try:
+        model = MoECL.from_store(store, device=device)
+    except (BaseError, StoreError, AssetError) as error:
+        return [str(error)]
+    found = []
+    for record in store.manifest.tasks:
+        try:
+            _ = model.bank[record.reference].parts
+        except StoreError as error:
+            found.append(str(error))
+    return found
 
 
 def only_task(store: "Store") -> str:

@@ -1,0 +1,80 @@
+"""`moecl export`: parse, call, print."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from moecl.errors import ConfigError, near
+from moecl.terminal import quietly
+
+if TYPE_CHECKING:
+    from moecl.export import Parity
+
+EXAMPLES = """moecl export runs/mine reviews -o reviews-expert --as peft-expert
+moecl export runs/mine reviews@2 -o common --as peft-expert --expert shared
+moecl export runs/mine reviews -o reviews-lora --as static-lora --max-disagreement 0.02"""
+KINDS = ("peft-expert", "static-lora")
+REFUSED = 3
+
+out, err = Console(), Console(stderr=True)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    task: Annotated[str, typer.Argument(metavar="NAME", help="A task; NAME@VERSION or NAME@ALIAS, too.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The folder to make.")],
+    kind: Annotated[str, typer.Option("--as", metavar="KIND", help="peft-expert or static-lora.")],
+    expert: Annotated[
+        str | None, typer.Option("--expert", metavar="NAME", help="For peft-expert: task (default) or shared.")
+    ] = None,
+    max_disagreement: Annotated[
+        float, typer.Option("--max-disagreement", metavar="SHARE", help="For static-lora: of the validation rows.")
+    ] = 0.02,
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps ...")
+    ] = "auto",
+) -> int | None:
+    """Write a task as a LoRA in PEFT's format.
+
+    peft-expert: one expert alone, exactly. static-lora: the whole task, its gate replaced by its mean over the
+    validation rows, an approximation that is measured first; exit 3 and nothing written where more answers than
+    --max-disagreement differ. A task of form sum is one LoRA already.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"--as: {kind!r} is none of {', '.join(KINDS)}{near(kind, KINDS)}")
+    if not 0 <= max_disagreement <= 1:
+        raise ConfigError(f"--max-disagreement: {max_disagreement:g} is no share; give a number from 0 to 1")
+    if expert is not None and kind != "peft-expert":
+        raise ConfigError(f"--expert {expert}: is for --as peft-expert; a {kind} has both")
+    from moecl.using import exported
+
+    with quietly(), err.status("exporting"):
+        parity, note = exported(run, task, output, kind, expert, max_disagreement, device)
+    if parity is not None:
+        show(parity)
+        if 1 - parity.agreement > max_disagreement:
+            differ = f"{1 - parity.agreement:.1%} of the answers differ, --max-disagreement is {max_disagreement:.1%}"
+            say(err, f"moecl: refused: {differ}; nothing was written")
+            return REFUSED
+    if note:
+        say(err, note)
+    say(out, f"written to {output}")
+    return None
+
+
+def show(parity: "Parity") -> None:
+    from moecl.show import show_score
+
+    say(out, f"{'validation rows':18} {parity.rows}")
+    say(out, f"{'same answer':18} {parity.agreement:.1%}")
+    say(out, f"{'score':18} {show_score(parity.score)}, the task's own {show_score(parity.exact_score)}")
+    say(out, f"{'largest logit gap':18} {parity.largest_logit_gap:.3g}")
+    if parity.task_weight:
+        weights = parity.task_weight.values()
+        say(out, f"{'task expert':18} weighs {min(weights):.2f} to {max(weights):.2f}, by layer")
+
+
+def say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

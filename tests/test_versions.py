@@ -1,0 +1,227 @@
+"""Versions and aliases where a task is named: model, engine and further learning, after everything a store may see."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from moecl.bank import find
+from moecl.config import StreamConfig, load_stream
+from moecl.engine import Engine
+from moecl.errors import StoreError, TaskError
+from moecl.model import MoECL
+from moecl.results import Result
+from moecl.session import Session
+from moecl.store import Store
+from moecl.train import ContinualTrainer, learn
+from test_learn import TRAIN, Notes, logits, new
+from tiny import tiny_batch
+from tiny_stream import write_stream
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, tiny_folder) -> tuple[Path, StreamConfig, Result, Result]:
+    """A run of two tasks, the first learned twice: its stream, its results before and after. Copy it."""
+    folder = tmp_path_factory.mktemp("versions")
+    config = load_stream(write_stream(folder / "stream", tiny_folder, rows=16, train={**TRAIN, "precision": "fp32"}))
+    first = ContinualTrainer(config, folder / "once").run()
+    shutil.copytree(folder / "once", folder / "run")
+    second = learn(folder / "run", new(folder / "n", "task0", seed=1), replace=True)
+    Store.open(folder / "run" / "store").promote("task0@1")
+    return folder, config, first, second
+
+
+@pytest.fixture
+def run(original, tmp_path) -> Path:
+    shutil.copytree(original[0] / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_version_answers_as_it_did(original, run):
+    """Bitwise, alone and beside rows of others, by number and by alias."""
+    folder, *_ = original
+    model, batch = MoECL.from_pretrained(run), tiny_batch()
+    old, now, other = logits(folder / "once", "task0"), logits(folder / "run", "task0"), logits(run, "task1")
+    assert not torch.equal(old, now)
+    with torch.no_grad():
+        for name in ("task0@1", "task0@prod"):
+            assert torch.equal(model(**batch, task=name).logits, old)
+        assert torch.equal(model(**batch, task="task0@2").logits, now)
+        mixed = model(**batch, task=["task0@prod", "task0", "task1"]).logits
+    for row, alone in enumerate((old, now, other)):
+        real = batch["attention_mask"][row].bool()
+        assert torch.allclose(mixed[row][real], alone[row][real], rtol=1e-5, atol=1e-5)
+    assert list(model.bank) == ["task1", "task0"], "versions are found, not listed"
+    assert "task0@prod" in model.bank
+    assert "task0@9" not in model.bank
+
+
+def test_the_engine_tells_which_version_answered(original, run):
+    engine = Engine(MoECL.from_pretrained(run))
+    rows = ["a day food", "a cat price"] * 2
+    names = ["task0", "task0@prod", "task0@2", "task1"]
+    mixed = engine.predict(rows, names)
+    assert [one.task for one in mixed] == ["task0", "task0@1", "task0@2", "task1"]
+    for row, name, found in zip(rows, names, mixed, strict=True):
+        [alone] = engine.predict([row], name)
+        assert found.label == alone.label
+        assert found.scores == pytest.approx(alone.scores, abs=1e-5)
+    assert mixed[0].scores == pytest.approx(engine.predict(rows[:1], "task0@2")[0].scores, abs=1e-6)
+    assert engine.predict(rows[:1], "task0@1") != engine.predict(rows[:1], "task0@2")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("task0@3", "has no version 3; it has 1, 2"),
+        ("task0@beta", "has no alias 'beta'; its aliases are: prod"),
+        ("task0@", "behind @ stands a version"),
+        ("nothing@1", "no task 'nothing'"),
+        ("nothing", "no task 'nothing'; the tasks are: task1, task0"),
+    ],
+)
+def test_a_name_that_names_nothing(run, name, said):
+    model = MoECL.from_pretrained(run)
+    with pytest.raises(TaskError, match=said):
+        model(**tiny_batch(), task=name)
+
+
+def test_a_model_without_a_store_has_no_versions(tiny_folder):
+    model = MoECL.attach(str(tiny_folder), precision="fp32")
+    with pytest.raises(TaskError, match="'a@1': versions and aliases are a store's"):
+        find(model.bank, "a@1")
+
+
+def test_a_retired_task_answers_by_version_alone(run):
+    store = Store.open(run / "store")
+    store.retire("task0")
+    model = MoECL.from_pretrained(run)
+    assert list(model.bank) == ["task1"]
+    for name in ("task0", "task0@prod"):
+        with pytest.raises(TaskError, match=r"'task0' is retired; name its version \(task0@2\)"):
+            model(**tiny_batch(), task=name)
+    with torch.no_grad():
+        model(**tiny_batch(), task="task0@2")
+    store.unretire("task0")
+    model.load_tasks(store)
+    assert set(model.bank) == {"task0", "task1"}
+    store.delete("task0")
+    model.load_tasks(store)
+    assert list(model.bank) == ["task1"]
+
+
+def test_a_damaged_old_version_is_no_burden_to_the_others(run):
+    store = Store.open(run / "store")
+    (store.path / "objects" / f"{store.digests('task0@1')['task']}.safetensors").unlink()
+    model = MoECL.from_pretrained(run)
+    with torch.no_grad():
+        model(**tiny_batch(), task="task0")
+    with pytest.raises(StoreError, match=r"missing; needed by part 'task' of task 'task0' \(version 1\)"):
+        model(**tiny_batch(), task="task0@prod")
+
+
+# Learning on
+
+
+def test_learning_on_after_a_rollback(original, run, tmp_path):
+    """The old version is tested and kept; what is learned next does not know of the rollback."""
+    folder, _, _, before = original
+    plain = tmp_path / "plain"
+    shutil.copytree(folder / "run", plain)
+    store = Store.open(run / "store")
+    store.rollback("task0")
+    old = logits(run, "task0")
+    assert torch.equal(old, logits(folder / "once", "task0"))
+    result, expected = learn(run, new(tmp_path / "n")), learn(plain, new(tmp_path / "n"))
+    assert result.tasks == ["task1", "task0", "new"]
+    assert [row[:2] for row in result.R[:3]] == before.R
+    assert torch.equal(logits(run, "task0"), old)
+    assert result.digests["task0"] == store.record("task0@1").parts
+    assert result.digests["new"] == expected.digests["new"], "the state for further learning is not rolled back"
+    again = learn(run, new(tmp_path / "n", "task0", seed=3), replace=True)
+    assert store.refresh()
+    assert store.record("task0").version == 3
+    assert again.digests["task0"] == store.record("task0").parts
+    assert store.verify() == []
+
+
+@pytest.mark.parametrize("what", ["retire", "delete"])
+def test_learning_on_without_a_task(original, run, tmp_path, what):
+    """It is not learned once more, only not measured any more; its cells of the past stay."""
+    *_, before = original
+    store = Store.open(run / "store")
+    getattr(store, what)("task0")
+    watcher = Notes()
+    result = learn(run, new(tmp_path / "n"), watcher=watcher)
+    assert any("task0: not tested any more (it was retired or deleted)" in note for note in watcher.notes)
+    assert [row[:2] for row in result.R[:3]] == before.R
+    assert result.R[3][0] == before.R[2][0], "task1"
+    assert result.R[3][1] is None
+    assert result.R[3][2] is not None
+    assert "task0" not in result.digests
+    assert store.refresh()
+    assert [task.name for task in store.tasks()] == ["task1", "new"]
+    back = learn(run, new(tmp_path / "n", "task0", seed=3), replace=True)
+    assert back.tasks == ["task1", "new", "task0"]
+    assert store.refresh()
+    assert store.record("task0").version == 3
+
+
+def test_learning_on_with_no_task_left(run, tmp_path):
+    """What was learned is still in the shared expert and in the discriminator."""
+    store = Store.open(run / "store")
+    for name in ("task0", "task1"):
+        store.delete(name)
+    assert learn(run, new(tmp_path / "n")).R[3][2] is not None
+    assert store.refresh()
+    memory = store.training()["discriminator"]
+    assert {rows.shape[0] for rows in memory.values()} == {4}, "a row for each that was ever learned"
+
+
+def test_an_unfinished_run_does_not_learn_a_deleted_task_again(original, tmp_path, monkeypatch):
+    _, config, *_ = original
+    run = tmp_path / "run"
+    real = Session._evaluate_row
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "_evaluate_row", lambda self, number: real(self, number) if number != 1 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ContinualTrainer(config, run).run()
+    Store.open(run / "store").delete("task0")
+    result = ContinualTrainer(config, run).run()
+    assert result.R[1][0] is None
+    assert result.R[2][1] is not None
+    assert [task.name for task in Store.open(run / "store").tasks()] == ["task1"]
+
+
+def test_a_rolled_back_live_version_stays_while_others_move(tmp_path, tiny_folder):
+    method = {"name": "moe-cl", "rank": 2, "retention": "live"}
+    config = load_stream(write_stream(tmp_path / "s", tiny_folder, rows=16, method=method, train=TRAIN))
+    run = tmp_path / "run"
+    ContinualTrainer(config, run).run()
+    learn(run, new(tmp_path / "n", "task0", seed=1), replace=True)
+    store = Store.open(run / "store")
+    store.rollback("task0")
+    old, moving = logits(run, "task0"), logits(run, "task1")
+    learn(run, new(tmp_path / "n"))
+    assert torch.equal(logits(run, "task0"), old)
+    assert not torch.equal(logits(run, "task1"), moving)
+
+
+# The hub
+
+
+def test_a_store_on_the_hub_keeps_its_names(original, run, tmp_path, monkeypatch):
+    """A store's folder, uploaded as it is, answers by version and alias; one that is saved anew starts at version 1."""
+    monkeypatch.setattr("moecl.model.snapshot_download", lambda name, **options: str(run / "store"))
+    model = MoECL.from_pretrained("user/model")
+    with torch.no_grad():
+        assert torch.equal(model(**tiny_batch(), task="task0@prod").logits, logits(original[0] / "once", "task0"))
+    model.save_pretrained(tmp_path / "saved")
+    saved = Store.open(tmp_path / "saved")
+    assert [(task.reference, task.parts) for task in saved.tasks()] == [
+        (f"{task.name}@1", task.parts) for task in Store.open(run / "store").tasks()
+    ]
+    assert saved.manifest.aliases == {}
+    assert [line.what for _, line in saved.audit()] == ["create", "save"]
+    assert saved.verify() == []
