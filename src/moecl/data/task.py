@@ -158,9 +158,9 @@ def rows_from_lines(lines: Iterable[str | bytes], task: Task, source: str = "std
             yield example(line.rstrip("\r\n"), task, place)
 
 
-def example(row: str | Mapping[str, Any], task: Task, where: str = "row") -> Example:
-    """A row to be answered: its fields, or a text for the one field that the instruction has. No label is needed."""
-    return _example(where, _plain_row(row, where, task) if isinstance(row, str) else row, task, answered=False)
+def example(row: str | Mapping[str, Any], task: Task, where: str = "row", *, answered: bool = False) -> Example:
+    """A row: its fields, or a text for the one field that the instruction has. Only `answered`, it needs its label."""
+    return _example(where, _plain_row(row, where, task) if isinstance(row, str) else row, task, answered=answered)
 
 
 def overlaps(data: TaskData) -> dict[tuple[str, str], int]:
