@@ -1,5 +1,6 @@
 """The bank: what answers for each task, and how it comes out of a store."""
 
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
@@ -147,6 +148,12 @@ class Bank(MutableMapping[str, Entry]):
                 )
             self._entries.pop(record.name, None)  # learned again, it is the last one
             self._entries[record.name] = Entry(record.task, partial(self._parts, store, record))
+
+    def emptied(self) -> "Bank":
+        """A bank without tasks, for another version of the same store: what is loaded is loaded for both."""
+        other = copy.copy(self)
+        other._entries = {}
+        return other
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """What `nn.Module._apply` does: parts in memory are changed by `fn`, a store's as they are loaded again."""

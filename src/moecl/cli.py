@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from typer.main import get_command
 
-from moecl import cli_bench, cli_compare, cli_review
+from moecl import cli_bench, cli_compare, cli_review, cli_serve
 from moecl._sizes import parse_size, size
 from moecl.errors import AssetError, ConfigError, RunError, near
 from moecl.terminal import Command, CommandWithKeys, explain, quietly
@@ -315,6 +315,7 @@ def tasks(run: Run, as_json: AsJson = False) -> None:
 
 app.command(cls=Command, epilog=cli_compare.EXAMPLES)(cli_compare.compare)
 app.command(cls=Command, epilog=cli_review.EXAMPLES)(cli_review.review)
+app.command(cls=Command, epilog=cli_serve.EXAMPLES)(cli_serve.serve)
 
 
 # Preparing

@@ -267,7 +267,7 @@ class Engine:
         if task.kind == "generation":
             return ("text",)
         if task.head == "classifier":
-            return ("head", task.name)
+            return "head", id(request.entry)
         if request.encoder.single_tokens:
             return ("word",)
         return "words", len(self.trie(request.encoder).paths)
