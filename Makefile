@@ -10,7 +10,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "moecl needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,dev,osft,ray,report,tensorboard]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,dev,osft,ray,report,serve,tensorboard]'
 	touch $@
 
 demo: install
