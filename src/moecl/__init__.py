@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from moecl.config import StreamConfig, Task, load_stream
     from moecl.engine import Engine, Prediction
     from moecl.errors import MoECLError
+    from moecl.generation import Completion, Sampling
     from moecl.method_config import MoECLConfig
     from moecl.model import MoECL
     from moecl.results import Result
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from moecl.train import ContinualTrainer, learn
 
 __all__ = [
+    "Completion",
     "ContinualTrainer",
     "Engine",
     "MoECL",
@@ -21,6 +23,7 @@ __all__ = [
     "MoECLError",
     "Prediction",
     "Result",
+    "Sampling",
     "Store",
     "StreamConfig",
     "Task",
@@ -29,6 +32,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Completion": "generation",
     "ContinualTrainer": "train",
     "Engine": "engine",
     "MoECL": "model",
@@ -36,6 +40,7 @@ _HOMES = {
     "MoECLError": "errors",
     "Prediction": "engine",
     "Result": "results",
+    "Sampling": "generation",
     "Store": "store",
     "StreamConfig": "config",
     "Task": "config",

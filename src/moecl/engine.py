@@ -25,7 +25,7 @@ from moecl.labels import Trie, padded_paths
 from moecl.model import MoECL, TaskNames
 from moecl.nn.call import Call, run_with
 from moecl.prefix import Prefixes
-from moecl.request import Prediction, Request, Row, as_example, last_only, left_padded, names_of, places
+from moecl.request import Prediction, Request, Row, as_example, last_only, left_padded, names_of, parts_of, places
 from moecl.scoring import Likelihood, answered, token_logprobs
 
 __all__ = ["Engine", "Entry", "GateUse", "Prediction", "Request", "Trie"]
@@ -358,7 +358,7 @@ class Engine:
         return int(self.tokenizer.eos_token_id or 0) if pad is None else int(pad)
 
     def _inputs(self, batch: Sequence[Request], one_forward: bool = False) -> tuple[dict[str, Tensor], Call]:
-        inputs, call = left_padded(self.model, batch, self.pad_id)
+        inputs, call = left_padded(self.model, batch, parts_of(batch), self.pad_id)
         if one_forward and self.prefixes is not None:
             call.prefix = self.prefixes.batch([request.row.input_ids for request in batch], "left")
         return inputs, call

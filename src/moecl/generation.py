@@ -200,9 +200,10 @@ class Decoder:
     ) -> list[Writing]:
         """The rows, each with its first token. Raises StoreError where parts cannot be loaded; none has joined then."""
         requests = [row.request for row in rows]
-        for row, parts in zip(rows, parts_of(requests), strict=True):
-            row.parts = parts
-        inputs, call = left_padded(self.model, requests, self.pad_id)
+        parts = parts_of(requests)
+        for row, own in zip(rows, parts, strict=True):
+            row.parts = own
+        inputs, call = left_padded(self.model, requests, parts, self.pad_id)
         call.answers = last_only(inputs["input_ids"])
         with run(call):
             output = self.model.base(**inputs, use_cache=True)

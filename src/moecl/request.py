@@ -13,7 +13,7 @@ from moecl.data.encode import Encoded, Encoder, collate
 from moecl.data.task import Example, example
 from moecl.errors import TaskError
 from moecl.model import MoECL, TaskNames
-from moecl.nn.call import Call
+from moecl.nn.call import Call, Parts
 
 Row = str | Mapping[str, Any] | Example
 
@@ -58,16 +58,18 @@ def as_example(row: Row, task: Task, where: str) -> Example:
     return row if isinstance(row, Example) else example(row, task, where)
 
 
-def left_padded(model: MoECL, batch: Sequence[Request], pad_id: int) -> tuple[dict[str, Tensor], Call]:
-    """Ids, mask and positions of the prompts, and the call that runs each row with its task's parts."""
+def left_padded(
+    model: MoECL, batch: Sequence[Request], parts: Sequence[Parts], pad_id: int
+) -> tuple[dict[str, Tensor], Call]:
+    """Ids, mask and positions of the prompts, and the call that runs each row with its parts."""
     padded = collate([request.row for request in batch], pad_id, side="left", answers=False)
     ids, mask = padded["input_ids"].to(model.device), padded["attention_mask"].to(model.device)
-    call = model.call_with(parts_of(batch))
+    call = model.call_with(parts)
     call.attention_mask = mask
     return {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}, call
 
 
-def parts_of(batch: Sequence[Request]) -> list[Any]:
+def parts_of(batch: Sequence[Request]) -> list[Parts]:
     """The parts of each row, those of an entry loaded once."""
     found = {id(request.entry): request.entry.parts for request in {id(one.entry): one for one in batch}.values()}
     return [found[id(request.entry)] for request in batch]
