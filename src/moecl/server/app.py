@@ -42,6 +42,7 @@ from moecl.server.settings import Settings
 
 PAGE = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
 TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+INPUTS = {"/v1/classify": "input", "/v1/completions": "prompt", "/v1/chat/completions": "messages"}
 SSE: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 log = logging.getLogger("moecl.server")
@@ -83,7 +84,7 @@ def version() -> str:
 
 
 async def _ours(request: Request, error: Exception) -> Response:
-    found = from_ours(error)
+    found = from_ours(error, INPUTS.get(request.url.path))
     if found.status >= 500:
         log.error("problem", extra={"fields": {"reason": str(error)}})
     return found.response()

@@ -59,8 +59,9 @@ def from_ours(error: Exception, param: str | None = None) -> ApiError:
 
 
 def from_validation(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong, an unknown field before all others."""
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    """The first thing that is wrong: an unknown field before all others, of a union's complaints the nearest one."""
+    urgency = lambda one: (one["type"] != "extra_forbidden", one["type"].endswith("_type"), -len(one["loc"]))  # noqa: E731
+    first = min(error.errors(), key=urgency)
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON ({first.get('ctx', {}).get('error', 'broken')})")
     param = place(first["loc"][1:])

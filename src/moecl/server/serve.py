@@ -1,6 +1,7 @@
 """The process: from a run folder to its end."""
 
 import logging
+import os
 import socket
 import sys
 from collections.abc import Callable
@@ -42,7 +43,8 @@ def bound(settings: Settings) -> socket.socket:
     try:
         return socket.create_server((settings.host, settings.port), family=family)
     except OSError as error:
-        reason = error.strerror or str(error)
+        known = error.errno is not None and error.errno > 0  # a host that has no address has other numbers
+        reason = os.strerror(error.errno) if known and error.errno else error.strerror
         raise RunError(f"--port {settings.port}: {settings.host}: {reason}; give another --port, or --host") from error
 
 
