@@ -52,7 +52,7 @@ def write_logs() -> None:
     """JSON lines on standard error; uvicorn's only where something is wrong."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name, level in (("moecl.server", logging.INFO), ("uvicorn", logging.WARNING)):
+    for name, level in (("moecl.server", logging.INFO), ("uvicorn", logging.ERROR)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
