@@ -27,10 +27,10 @@ test: lint
 test-all: lint
 	$(BIN)/pytest -n auto -m ""
 
-# Each needs a quiet machine; together under 30 minutes on 2 cores.
+# Each needs a quiet machine; together under 50 minutes on 2 cores.
 bench: install
 	@test -n "$(DATA)" || { echo "make bench: train_stream needs texts: make bench DATA=a folder of folders with train.jsonl and task.json" >&2; exit 2; }
-	set -e; for name in train_step predict generate many_tasks; do $(BIN)/python benchmarks/$$name.py --json benchmarks/results/$$name.json; done
+	set -e; for name in train_step predict generate many_tasks serve; do $(BIN)/python benchmarks/$$name.py --json benchmarks/results/$$name.json; done
 	$(BIN)/python benchmarks/train_stream.py --data "$(DATA)" --json benchmarks/results/train_stream.json
 	$(BIN)/python benchmarks/table.py --write
 
