@@ -28,7 +28,10 @@ async function ask(path, body) {
   } catch {
     throw new Error("the server does not answer; is it still running?");
   }
-  if (answer.status === 401) find("key-form").hidden = false;
+  if (answer.status === 401) {
+    find("key-form").hidden = false;
+    find("key").focus();
+  }
   const found = await answer.json();
   if (!answer.ok) throw new Error(found.error.message);
   return found;
@@ -175,10 +178,12 @@ async function start() {
     run = await ask("v1/run");
     find("key-form").hidden = true;
     showRun();
-    find("answer").replaceChildren();
+    find("loaded").hidden = false;
+    find("fault").replaceChildren();
+    find("task").focus();
   } catch (error) {
     find("base").textContent = "";
-    find("answer").replaceChildren(fault(error));
+    find("fault").replaceChildren(fault(error));
   }
 }
 
