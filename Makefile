@@ -10,7 +10,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "moecl needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,dev,osft,ray,report,tensorboard]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,dev,osft,ray,report,serve,tensorboard]'
 	touch $@
 
 demo: install
@@ -27,10 +27,10 @@ test: lint
 test-all: lint
 	$(BIN)/pytest -n auto -m ""
 
-# Each needs a quiet machine; together under 30 minutes on 2 cores.
+# Each needs a quiet machine; together under 50 minutes on 2 cores.
 bench: install
 	@test -n "$(DATA)" || { echo "make bench: train_stream needs texts: make bench DATA=a folder of folders with train.jsonl and task.json" >&2; exit 2; }
-	set -e; for name in train_step predict generate many_tasks; do $(BIN)/python benchmarks/$$name.py --json benchmarks/results/$$name.json; done
+	set -e; for name in train_step predict generate many_tasks serve; do $(BIN)/python benchmarks/$$name.py --json benchmarks/results/$$name.json; done
 	$(BIN)/python benchmarks/train_stream.py --data "$(DATA)" --json benchmarks/results/train_stream.json
 	$(BIN)/python benchmarks/router.py --data "$(DATA)" --json benchmarks/results/router.json
 	$(BIN)/python benchmarks/table.py --write

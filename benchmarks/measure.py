@@ -212,7 +212,7 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
     except (MoECLError, OSError) as error:
         sys.exit(f"error: {error}")
     except ModuleNotFoundError as error:
-        sys.exit(f"error: {error}; benchmarks need more than moecl: pip install 'moecl[bench,osft]'")
+        sys.exit(f"error: {error}; benchmarks need more than moecl: pip install 'moecl[bench,osft,serve]'")
 
 
 def add_base(made: argparse.ArgumentParser) -> None:

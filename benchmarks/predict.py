@@ -20,11 +20,12 @@ from measure import Report, Side, add_base, add_precision, alternate, counts, ov
 from moecl import Engine, MoECL, MoECLConfig, Store
 from moecl.backbone import Backbone, load_backbone, resolve_precision
 from moecl.data.encode import Encoded, collate, token_batches
-from moecl.engine import MAX_ROWS, Prediction, Request, last_only
+from moecl.engine import MAX_ROWS, Prediction, Request
 from moecl.errors import BaseError
 from moecl.nn.forms import to_tensors
 from moecl.nn.lora import Expert, Gate
 from moecl.nn.moe_ffn import Gated
+from moecl.request import last_only
 from moecl.store import TaskRecord
 from sides import LABELS, AnswersOnly, labelled, peft_lora, stir, stir_parts, twin
 

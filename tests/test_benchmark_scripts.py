@@ -15,6 +15,7 @@ import floor
 import generate
 import measure
 import predict
+import serve
 import sides
 import table
 import train_step
@@ -86,6 +87,18 @@ def test_generate(tiny_folder, capsys):
     assert found["ratios"]["decode_vs_base"] == min(found["ratios"][f"decode_vs_base_{rows}"] for rows in (1, 2))
 
 
+def test_serve(tiny_folder, capsys, tmp_path):
+    """A server as it is served: nothing is lost, whatever the times are."""
+    counts = "--clients", "1,3", "--tasks", "1,2", "--layers", "2", "--requests", "6", "--threads", "1"
+    times = "--seconds", "1", "--minutes", "0.02", "--every", "0.4"
+    found = result(serve.main, capsys, tiny_folder, *counts, *times, "--scratch", str(tmp_path))
+    assert set(found["targets"]) == set(serve.TARGETS)
+    assert found["ratios"]["lost"] == 0
+    assert found["figures"]["reloads"] >= 2
+    assert set(found["figures"]["overload_statuses"]) <= {"200", "429"}
+    assert not list(tmp_path.iterdir())
+
+
 def test_train_stream(tiny_folder, capsys, data, tmp_path):
     options = "--data", str(data), "--rows", "6", "--batch-size", "4", "--max-length", "48", "--precision", "fp32"
     found = result(train_stream.main, capsys, tiny_folder, *options, "--json", str(tmp_path / "new" / "one.json"))
@@ -96,7 +109,7 @@ def test_train_stream(tiny_folder, capsys, data, tmp_path):
     assert tokens["published"] == 2 * 6 * tokens["longest"]
 
 
-@pytest.mark.parametrize("module", [train_step, train_stream, predict, generate, table])
+@pytest.mark.parametrize("module", [train_step, train_stream, predict, generate, serve, table])
 def test_help_says_what_is_measured(module, capsys):
     with pytest.raises(SystemExit) as ended:
         module.main(["--help"])

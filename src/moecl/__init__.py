@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from moecl.config import StreamConfig, Task, load_stream
     from moecl.engine import Engine, Prediction
     from moecl.errors import MoECLError
+    from moecl.generation import Completion, Sampling
     from moecl.method_config import MoECLConfig
     from moecl.model import MoECL
     from moecl.results import Result
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from moecl.train import ContinualTrainer, learn
 
 __all__ = [
+    "Completion",
     "ContinualTrainer",
     "Engine",
     "MoECL",
@@ -23,6 +25,7 @@ __all__ = [
     "Prediction",
     "Result",
     "Router",
+    "Sampling",
     "Store",
     "StreamConfig",
     "Task",
@@ -31,6 +34,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Completion": "generation",
     "ContinualTrainer": "train",
     "Engine": "engine",
     "MoECL": "model",
@@ -39,6 +43,7 @@ _HOMES = {
     "Prediction": "engine",
     "Result": "results",
     "Router": "router",
+    "Sampling": "generation",
     "Store": "store",
     "StreamConfig": "config",
     "Task": "config",

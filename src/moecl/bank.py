@@ -1,5 +1,6 @@
 """The bank: what answers for each task, and how it comes out of a store."""
 
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
@@ -189,6 +190,12 @@ class Bank(MutableMapping[str, Entry]):
         if (rank, labels) not in self._expected:
             self._expected[rank, labels] = object_sizes(self.geometry, rank, labels)
         return self._expected[rank, labels]
+
+    def emptied(self) -> "Bank":
+        """A bank without tasks, for another version of the same store: what is loaded is loaded for both."""
+        other = copy.copy(self)
+        other._entries = {}
+        return other
 
     def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """What `nn.Module._apply` does: parts in memory are changed by `fn`, a store's as they are loaded again."""

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from typer.main import get_command
 
-from moecl import cli_bench, cli_compare, cli_export, cli_review, cli_router, cli_store
+from moecl import cli_bench, cli_compare, cli_export, cli_review, cli_router, cli_serve, cli_store
 from moecl._sizes import parse_size, size
 from moecl.errors import AssetError, ConfigError, RunError, near
 from moecl.terminal import Command, CommandWithKeys, explain, quietly
@@ -318,6 +318,7 @@ app.command(cls=Command, epilog=cli_export.EXAMPLES)(cli_export.export)
 app.command(cls=Command, epilog=cli_compare.EXAMPLES)(cli_compare.compare)
 app.command(cls=Command, epilog=cli_review.EXAMPLES)(cli_review.review)
 app.command(cls=Command, epilog=cli_router.EXAMPLES)(cli_router.router)
+app.command(cls=Command, epilog=cli_serve.EXAMPLES)(cli_serve.serve)
 
 
 # Preparing

@@ -4,10 +4,11 @@ It runs parts under a form and never asks which method learned them.
 """
 
 import copy
-from collections import defaultdict
+import math
+import sys
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,60 +17,23 @@ from transformers import PreTrainedTokenizerBase
 
 from moecl.bank import Entry, find
 from moecl.config import Task
-from moecl.data.encode import Encoded, Encoder, collate, token_batches
-from moecl.data.task import Example, example
-from moecl.errors import BaseError, TaskError
+from moecl.data.encode import Encoded, Encoder, token_batches
+from moecl.data.task import Example
+from moecl.errors import BaseError, DataError, TaskError
+from moecl.generation import Completion, Decoder, Sampling, Writing
+from moecl.labels import Trie, padded_paths
 from moecl.model import MoECL, TaskNames
 from moecl.nn.call import Call, run_with
 from moecl.prefix import Prefixes
+from moecl.request import Prediction, Request, Row, as_example, last_only, left_padded, names_of, parts_of, places
+from moecl.scoring import Likelihood, answered, token_logprobs
 
-__all__ = ["Engine", "Entry", "Prediction", "Request"]
+__all__ = ["Engine", "Entry", "GateUse", "Prediction", "Request", "Trie"]
 
 BATCH_TOKENS = 4096  # padding included, where nothing else was resolved
 MAX_ROWS = 128
 MAX_LENGTH = 512
 MAX_NEW_TOKENS = 64
-# A base's own settings are for chatting; those that would bend a greedy answer are put back to what does nothing.
-GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "max_new_tokens": None,
-    "min_new_tokens": None,
-    "min_length": 0,
-}
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """An answer. `scores` are the labels' shares of the probability, summing to 1; empty for a generated answer.
-
-    `task` is the name of the task that answered, with its version (`NAME@3`) where one, or an alias, was asked for.
-    """
-
-    task: str
-    label: str
-    scores: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Request:
-    """One encoded row on its way through the engine."""
-
-    entry: Entry
-    encoder: Encoder
-    row: Encoded
-
-
-class Prompts(dict[int, Tensor]):
-    """A layer's tensor for the prompt: those of the tokens that are then written are left out."""
-
-    def __setitem__(self, layer: int, found: Tensor) -> None:
-        self.setdefault(layer, found)
 
 
 class GateUse:
@@ -147,7 +111,7 @@ class Engine:
 
     def predict(
         self,
-        rows: Iterable[str | Mapping[str, Any] | Example],
+        rows: Iterable[Row],
         tasks: TaskNames,
         max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> list[Prediction]:
@@ -155,21 +119,21 @@ class Engine:
 
         Raises TaskError for an unknown task, DataError for a row that lacks a field.
         """
+        requests = self.requests(rows, tasks, max_new_tokens)
+        return self.answer(requests, max_new_tokens)
+
+    def requests(self, rows: Iterable[Row], tasks: TaskNames, max_new_tokens: int = MAX_NEW_TOKENS) -> list[Request]:
+        """Rows encoded, as `answer` and `write` take them. Raises as `predict`."""
         rows = list(rows)
-        names = [tasks] * len(rows) if tasks is None or isinstance(tasks, str) else list(tasks)
-        if len(names) != len(rows):
-            raise TaskError(f"task: {len(names)} names for {len(rows)} rows; give one name, or one a row")
-        requests: dict[int, Request] = {}
-        for name in dict.fromkeys(names):
-            if name is None:
-                raise TaskError("task: the bare base answers no task; give a task's name")
+        names = names_of(tasks, len(rows))
+        found: dict[int, Request] = {}
+        for name, own in places(names).items():
             entry = find(self.bank, name)
-            places = [place for place, one in enumerate(names) if one == name]
-            examples = [as_example(rows[place], entry.task, f"row {place + 1}") for place in places]
+            examples = [as_example(rows[place], entry.task, f"row {place + 1}") for place in own]
             encoded = self.prompts(entry.task, examples, max_new_tokens)
             encoder = self.encoder(entry.task)
-            requests |= {place: Request(entry, encoder, row) for place, row in zip(places, encoded, strict=True)}
-        return self.answer([requests[place] for place in range(len(rows))], max_new_tokens)
+            found |= {place: Request(entry, encoder, row) for place, row in zip(own, encoded, strict=True)}
+        return [found[place] for place in range(len(rows))]
 
     def answer(self, requests: Sequence[Request], max_new_tokens: int = MAX_NEW_TOKENS) -> list[Prediction]:
         """Predictions in the order of `requests`. Batches are formed by length, among rows that are read alike."""
@@ -183,14 +147,115 @@ class Engine:
             "head": self._read_head,
             "text": lambda batch: self._write(batch, max_new_tokens),
         }
-        for (kind, *_), places in kinds.items():
-            sizes = [self._size(kind, requests[place], max_new_tokens) for place in places]
+        for (kind, *_), own in kinds.items():
+            sizes = [self._size(kind, requests[place], max_new_tokens) for place in own]
             for batch in token_batches(sizes, self.batch_tokens, MAX_ROWS):
-                chosen = [places[member] for member in batch]
+                chosen = [own[member] for member in batch]
                 with torch.inference_mode():
                     found = readers[kind]([requests[place] for place in chosen])
                 answers |= zip(chosen, found, strict=True)
         return [answers[place] for place in range(len(requests))]
+
+    # Texts that are written
+
+    def generate(
+        self, prompts: Iterable[Row], tasks: TaskNames, sampling: Sampling | Sequence[Sampling] | None = None
+    ) -> list[Completion]:
+        """Texts written behind `prompts`, in their order; one task, and one sampling, or one a row.
+
+        Raises TaskError for a task that does not write, and as `predict`.
+        """
+        rows = list(prompts)
+        found = dict(piece for piece in self.stream(rows, tasks, sampling) if isinstance(piece[1], Completion))
+        return [found[place] for place in range(len(rows))]  # type: ignore[misc]
+
+    def stream(
+        self, prompts: Iterable[Row], tasks: TaskNames, sampling: Sampling | Sequence[Sampling] | None = None
+    ) -> Iterator[tuple[int, str | Completion]]:
+        """As `generate`, while it is written: (row, text that came to it), and at last (row, its Completion)."""
+        rows = list(prompts)
+        each = [sampling or Sampling()] * len(rows) if isinstance(sampling, Sampling | None) else list(sampling)
+        if len(each) != len(rows):
+            raise TaskError(f"sampling: {len(each)} for {len(rows)} rows; give one, or one a row")
+        writings = []
+        for place, (row, name, how) in enumerate(zip(rows, names_of(tasks, len(rows)), each, strict=True)):
+            entry = find(self.bank, name)
+            one = as_example(row, entry.task, f"row {place + 1}")
+            [request] = self.requests([one], name, how.max_new_tokens)
+            writings.append(self.writing(request, how))
+        yield from self._written(writings)
+
+    def write(self, requests: Sequence[Request], sampling: Sequence[Sampling]) -> list[Completion]:
+        writings = [self.writing(*pair) for pair in zip(requests, sampling, strict=True)]
+        for _ in self._written(writings):
+            pass
+        return [writing.completion() for writing in writings]
+
+    def writing(self, request: Request, sampling: Sampling) -> Writing:
+        """A row for a `decoder`. Raises TaskError where its task answers with a label."""
+        task = request.entry.task
+        if task.kind != "generation":
+            raise TaskError(f"task {task.name!r} answers with a label and writes no text; use predict")
+        positions = getattr(self.model.base.config, "max_position_embeddings", None) or sys.maxsize
+        return Writing(request, sampling, self.tokenizer, positions - len(request.row.input_ids))
+
+    def decoder(self) -> Decoder:
+        return Decoder(self.model, self.pad_id, self.batch_tokens, MAX_ROWS)
+
+    def _written(self, writings: Sequence[Writing]) -> Iterator[tuple[int, str | Completion]]:
+        """Rows in turn, the longest first; one that ends makes room for the next."""
+        place_of = {id(writing): place for place, writing in enumerate(writings)}
+        waiting, decoder = deque(sorted(writings, key=lambda one: -one.length)), self.decoder()
+        while waiting or decoder.cohorts:
+            joining: list[Writing] = []
+            while waiting and decoder.has_room([*joining, waiting[0]]):
+                joining.append(waiting.popleft())
+            moved = decoder.join(joining, self._run) if joining else decoder.step()
+            for writing in moved:
+                if news := writing.news():
+                    yield place_of[id(writing)], news
+                if writing.reason is not None:
+                    yield place_of[id(writing)], writing.completion()
+
+    # Answers that are given
+
+    def score(
+        self, rows: Iterable[Row], tasks: TaskNames, completions: Sequence[str] | None = None
+    ) -> list[Likelihood]:
+        """log p of an answer to each row: a label, or a text that could be written.
+
+        Without `completions` that of the row's own `label` or `completion`. Raises DataError for a row without one, or
+        with one that is no label; TaskError as `predict`.
+        """
+        rows = list(rows)
+        answers = [None] * len(rows) if completions is None else list(completions)
+        if len(answers) != len(rows):
+            raise DataError(f"completions: {len(answers)} for {len(rows)} rows; give one a row")
+        requests = []
+        for place, (row, name, answer) in enumerate(zip(rows, names_of(tasks, len(rows)), answers, strict=True)):
+            entry = find(self.bank, name)
+            one = answered(row, entry.task, answer, f"row {place + 1}")
+            requests.append((one, Request(entry, self.encoder(entry.task), self.encoder(entry.task).encode([one])[0])))
+        return self._score(requests)
+
+    def _score(self, rows: Sequence[tuple[Example, Request]]) -> list[Likelihood]:
+        found: dict[int, Likelihood] = {}
+        heads = [place for place, (_, request) in enumerate(rows) if request.entry.task.head == "classifier"]
+        for place, given in zip(heads, self.answer([rows[place][1] for place in heads]), strict=True):
+            label = rows[place][0].label or ""
+            found[place] = Likelihood(given.task, label, math.log(max(given.scores[label], sys.float_info.min)))
+        others = [place for place in range(len(rows)) if place not in found]
+        sizes = [len(row.input_ids) + len(row.answer_ids) for row in (rows[place][1].row for place in others)]
+        for batch in token_batches(sizes, self.batch_tokens, MAX_ROWS):
+            chosen = [others[member] for member in batch]
+            logprobs = token_logprobs(self.model, [rows[place][1] for place in chosen], self.pad_id)
+            for place, own in zip(chosen, logprobs, strict=True):
+                example, request = rows[place]
+                answer = example.label or example.completion or ""
+                found[place] = Likelihood(request.entry.name, answer, sum(own), own)
+        return [found[place] for place in range(len(rows))]
+
+    # Answers by label
 
     def reads_once(self, task: Task) -> bool:
         """Whether an answer takes one forward."""
@@ -202,7 +267,7 @@ class Engine:
         if task.kind == "generation":
             return ("text",)
         if task.head == "classifier":
-            return ("head", request.entry.name)
+            return "head", id(request.entry)
         if request.encoder.single_tokens:
             return ("word",)
         return "words", len(self.trie(request.encoder).paths)
@@ -284,15 +349,8 @@ class Engine:
         return found
 
     def _write(self, batch: Sequence[Request], max_new_tokens: int) -> list[Prediction]:
-        inputs, call = self._inputs(batch)
-        del inputs["position_ids"]  # generate counts them itself
-        end, width = batch[0].encoder.end, inputs["input_ids"].shape[1]
-        settings = {**GREEDY, "eos_token_id": end, "pad_token_id": self.pad_id, "max_length": width + max_new_tokens}
-        with self._run(call):
-            tokens = self.model.base.generate(**inputs, **settings)  # type: ignore[operator]
-        answers = [before(end, ids) for ids in tokens[:, width:].tolist()]
-        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [Prediction(one.entry.name, text.strip(), {}) for one, text in zip(batch, texts, strict=True)]
+        found = self.write(batch, [Sampling(max_new_tokens)] * len(batch))
+        return [Prediction(one.task, one.text, {}) for one in found]
 
     @property
     def pad_id(self) -> int:
@@ -300,42 +358,19 @@ class Engine:
         return int(self.tokenizer.eos_token_id or 0) if pad is None else int(pad)
 
     def _inputs(self, batch: Sequence[Request], one_forward: bool = False) -> tuple[dict[str, Tensor], Call]:
-        """Left-padded ids, mask and positions, and the call that runs each row with its task's parts."""
-        padded = collate([request.row for request in batch], self.pad_id, side="left", answers=False)
-        ids, mask = padded["input_ids"].to(self.model.device), padded["attention_mask"].to(self.model.device)
-        call = self.model.call([request.entry.name for request in batch], len(batch), self.bank)
-        call.attention_mask = mask
+        inputs, call = left_padded(self.model, batch, parts_of(batch), self.pad_id)
         if one_forward and self.prefixes is not None:
             call.prefix = self.prefixes.batch([request.row.input_ids for request in batch], "left")
-        positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}, call
+        return inputs, call
 
     @contextmanager
     def _run(self, call: Call) -> Iterator[None]:
         if self.gates is not None:
-            call.gate_use = Prompts()
+            call.gate_use = {}
         with run_with(call):
             yield
         if self.gates is not None:
             self.gates.add(call)
-
-
-class Trie:
-    """The labels of a task as token paths: each ends where only its last token is left to be scored."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self.labels = [(*tokens, encoder.end) for tokens in encoder.answers]
-        ways = [label[:-1] for label in self.labels]
-        self.paths = sorted(way for way in ways if not any(other != way and other[: len(way)] == way for other in ways))
-        self.path_of = [next(k for k, path in enumerate(self.paths) if path[: len(way)] == way) for way in ways]
-
-    def scores(self, first: Tensor, followed: Sequence[Tensor]) -> Tensor:
-        """[labels]: first [V] is log p after the prompt, followed[k] [len, V] that after each token of path k."""
-        totals = []
-        for label, path in zip(self.labels, self.path_of, strict=True):
-            rest = [followed[path][depth, token] for depth, token in enumerate(label[1:])]
-            totals.append(first[label[0]] + torch.stack(rest).sum())
-        return torch.stack(totals)
 
 
 def choose(request: Request, scores: Tensor) -> Prediction:
@@ -345,24 +380,3 @@ def choose(request: Request, scores: Tensor) -> Prediction:
     best = int(scores.argmax())
     labels = list(task.labels or ())
     return Prediction(request.entry.name, labels[best], dict(zip(labels, shares, strict=True)))
-
-
-def last_only(input_ids: Tensor) -> Tensor:
-    """[B, T] bool: the last position, where a left-padded prompt ends."""
-    wanted = torch.zeros_like(input_ids, dtype=torch.bool)
-    wanted[:, -1] = True
-    return wanted
-
-
-def before(end: int, ids: list[int]) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids
-
-
-def padded_paths(paths: Sequence[tuple[int, ...]]) -> Tensor:
-    """[paths, longest]: shorter ones repeat their last token, whose outputs are not read."""
-    longest = max(map(len, paths))
-    return torch.tensor([[*path, *[path[-1]] * (longest - len(path))] for path in paths])
-
-
-def as_example(row: str | Mapping[str, Any] | Example, task: Task, where: str) -> Example:
-    return row if isinstance(row, Example) else example(row, task, where)

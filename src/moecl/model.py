@@ -27,7 +27,7 @@ from moecl.bank import Bank, Entry, check_same_base, find, fitting, open_store, 
 from moecl.config import Task
 from moecl.errors import BaseError, ConfigError, StoreError, TaskError
 from moecl.method_config import MoECLConfig
-from moecl.nn.call import Call, run_with
+from moecl.nn.call import Call, Parts, run_with
 from moecl.nn.forms import to_tensors
 from moecl.nn.gated import GatedLearner
 from moecl.nn.inject import Injected
@@ -218,17 +218,22 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
 
     def call(self, task: TaskNames, rows: int, bank: Mapping[str, Entry]) -> Call:
         """The call that runs `rows` rows as `task` says. Raises TaskError for an unknown task."""
-        if self._detached:
-            raise BaseError("base: it was detached from this model; attach it again with MoECL.attach")
         if task is None or isinstance(task, str):
-            return Call((None if task is None else find(bank, task).parts,))
+            return self.call_with([None if task is None else find(bank, task).parts])
         if len(task) != rows:
             raise TaskError(f"task: {len(task)} names for {rows} rows; give one name, or one a row")
-        names = list(dict.fromkeys(task))
-        parts = tuple(None if name is None else find(bank, name).parts for name in names)
-        if len(names) == 1:
-            return Call(parts)
-        return Call(parts, torch.tensor([names.index(name) for name in task], device=self.device))
+        found = {name: None if name is None else find(bank, name).parts for name in dict.fromkeys(task)}
+        return self.call_with([found[name] for name in task])
+
+    def call_with(self, rows: Sequence[Parts | None]) -> Call:
+        """The call that runs each row with these parts; one for all rows where they are the same."""
+        if self._detached:
+            raise BaseError("base: it was detached from this model; attach it again with MoECL.attach")
+        own = {id(parts): parts for parts in rows}
+        if len(own) == 1:
+            return Call((rows[0],))
+        place = {key: number for number, key in enumerate(own)}
+        return Call(tuple(own.values()), torch.tensor([place[id(parts)] for parts in rows], device=self.device))
 
     def _answer(self, call: Call, inputs: Mapping[str, Any], labels: Tensor) -> MoECLOutput:
         """Next-token loss at the answer positions; nothing else reaches the language-model head."""

@@ -193,9 +193,9 @@ def _spoken(turns: Iterable[Mapping[str, str]]) -> str:
     return "\n".join(turn["content"] for turn in turns if turn["role"] != "system")
 
 
-def example(row: str | Mapping[str, Any], task: Task, where: str = "row") -> Example:
-    """A row to be answered: its fields, or a text for the one field that the instruction has. No label is needed."""
-    return _example(where, _plain_row(row, where, task) if isinstance(row, str) else row, task, answered=False)
+def example(row: str | Mapping[str, Any], task: Task, where: str = "row", *, answered: bool = False) -> Example:
+    """A row: its fields, or a text for the one field that the instruction has. Only `answered`, it needs its label."""
+    return _example(where, _plain_row(row, where, task) if isinstance(row, str) else row, task, answered=answered)
 
 
 def overlaps(data: TaskData) -> dict[tuple[str, str], int]:

@@ -1,0 +1,153 @@
+"""The store's model as it is now. A request keeps the version that it was begun with to its end."""
+
+import importlib
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moecl.data.task import template
+from moecl.engine import Engine
+from moecl.errors import MoECLError
+from moecl.results import Result
+from moecl.review import TaskThresholds, Thresholds
+from moecl.run_folder import RESULT, RunFolder
+from moecl.server.schema import Run, TaskInfo
+from moecl.store import MANIFEST, Store, TaskRecord
+from moecl.using import load, open_store
+
+AUTO = "auto"
+log = logging.getLogger("moecl.server")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One version of everything: tasks, their parts, thresholds, the run's scores. Nothing in it ever changes."""
+
+    store: Store
+    engine: Engine
+    levels: dict[str, TaskThresholds] | None  # None without a thresholds file; a task that it does not fit has none
+    result: Result | None
+    router: Any | None
+    created: int
+
+    def record(self, name: str) -> TaskRecord:
+        """Raises TaskError."""
+        return self.store.record(name)
+
+    @property
+    def names(self) -> list[str]:
+        return [*(record.name for record in self.store.tasks()), *([AUTO] if self.router is not None else [])]
+
+    def run(self) -> Run:
+        result = self.result
+        scores = {} if result is None else dict(zip(result.tasks, result.R[-1], strict=True))
+        return Run(
+            base=self.store.manifest.base.id,
+            auto=self.router is not None,
+            thresholds=self.levels is not None,
+            tasks=[self._info(record, scores.get(record.name)) for record in self.store.tasks()],
+            R=None if result is None else result.R,
+            R_tasks=[] if result is None else result.tasks,
+            metrics={} if result is None else result.metrics,
+        )
+
+    def _info(self, record: TaskRecord, score: float | None) -> TaskInfo:
+        task = record.task
+        return TaskInfo(
+            name=record.name,
+            version=record.version,
+            versions=[one.version for one in self.store.versions(record.name)],
+            kind=task.kind,
+            labels=list(task.labels or ()),
+            fields=list(dict.fromkeys(template(task.instruction).names)),
+            metric=task.metric,
+            score=score,
+            expert=expert(record),
+            parts=record.parts,
+        )
+
+
+class Library:
+    """Loads the base once, and the store's manifest each time it changes."""
+
+    def __init__(self, run: Path, device: str, expert_memory: str, thresholds: Path | None) -> None:
+        """Raises RunError, StoreError, BaseError; DataError where the thresholds do not fit."""
+        self.thresholds = thresholds
+        store = open_store(run)
+        self.path = store.path
+        self.result_of = run if store.path != run else None
+        self._seen = self._marks()
+        self.model = load(store, device, expert_memory)
+        self.engine = Engine(self.model)
+        self.now = self._snapshot(store, self.engine, strict=True)
+
+    def reload(self) -> bool:
+        """Whether there is something new. Raises MoECLError where that cannot be served; the old one then stays."""
+        marks = self._marks()
+        if marks == self._seen:
+            return False
+        self._seen = marks
+        store = Store.open(self.path, readonly=True)
+        bank = self.model.bank.emptied()
+        bank.take(store)
+        self.now = self._snapshot(store, self.engine.over(bank), strict=False)
+        return True
+
+    def _snapshot(self, store: Store, engine: Engine, strict: bool) -> Snapshot:
+        levels = None if self.thresholds is None else self._levels(self.thresholds, store, strict)
+        created = int(os.stat(store.path / MANIFEST).st_mtime)
+        return Snapshot(store, engine, levels, self._result(), router_of(engine, store), created)
+
+    def _levels(self, path: Path, store: Store, strict: bool) -> dict[str, TaskThresholds]:
+        """Thresholds of the tasks. A task that changed under a running server has none: all of it goes to review."""
+        found = {}
+        known = Thresholds.load(path)
+        for record in store.tasks():
+            if record.task.kind != "classification" or (strict and record.name not in known.tasks):
+                continue
+            try:
+                found[record.name] = known.of(record.name, record.task.labels or (), record.parts, path)
+            except MoECLError as error:
+                if strict:
+                    raise
+                log.warning("thresholds", extra={"fields": {"task": record.name, "reason": str(error)}})
+        return found
+
+    def _result(self) -> Result | None:
+        """The run's scores, of which a server is not to fail."""
+        if self.result_of is None:
+            return None
+        try:
+            return RunFolder(self.result_of).finished()
+        except MoECLError as error:
+            log.warning("result", extra={"fields": {"reason": str(error)}})
+            return None
+
+    def _marks(self) -> list[tuple[int, int, int] | None]:
+        paths = [self.path / MANIFEST, self.thresholds, self.result_of and self.result_of / RESULT]
+        return [mark(path) for path in paths if path is not None]
+
+
+def mark(path: Path) -> tuple[int, int, int] | None:
+    """What changes where a file is written anew."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def expert(record: TaskRecord) -> str:
+    """The sha256 of the task's own expert, as `moecl tasks` tells it."""
+    return record.parts.get("task", next(iter(record.parts.values())))
+
+
+def router_of(engine: Engine, store: Store) -> Any | None:
+    """What `auto` asks; None where this moecl, or the store, has no router."""
+    try:
+        module = importlib.import_module("moecl.router")
+    except ModuleNotFoundError:
+        return None
+    return module.Router.load(engine.model, store)

@@ -1,0 +1,298 @@
+"""From what a request asks to answers: find the task, encode, wait for the model. Knows nothing of HTTP."""
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from moecl.data.task import template
+from moecl.engine import MAX_LENGTH
+from moecl.errors import StoreError
+from moecl.generation import Completion, Sampling
+from moecl.request import Prediction, Request
+from moecl.review import REVIEW, decide, rounded
+from moecl.server.library import AUTO, Library, Snapshot, expert
+from moecl.server.metrics import Metrics
+from moecl.server.problems import ApiError, from_ours
+from moecl.server.queue import Answer, Reading, Routing, Text, Worker
+from moecl.server.schema import Classified, Message
+from moecl.server.settings import Settings
+from moecl.store import TaskRecord
+
+log = logging.getLogger("moecl.server")
+Row = str | Mapping[str, Any]
+Found = TypeVar("Found")
+Asked = str | Sequence[Message]  # a prompt, or a chat
+
+
+@dataclass(frozen=True)
+class Written:
+    """An answer in words: a completion, or a label with every label's share."""
+
+    record: TaskRecord
+    text: str
+    completion: Completion | None = None
+    scores: Mapping[str, float] | None = None
+    prompt_tokens: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A row on its way."""
+
+    record: TaskRecord
+    request: Request
+    job: Text | Reading
+
+
+class Service:
+    """Answers requests with what the library has now."""
+
+    def __init__(self, library: Library, settings: Settings, metrics: Metrics) -> None:
+        self.library, self.settings, self.metrics = library, settings, metrics
+        self.worker = Worker(library.engine, settings.wait_ms / 1000, metrics)
+        self.rows = 0  # under way
+        self._encoding = ThreadPoolExecutor(1, "encode")  # one: a tokenizer is not for several threads at once
+        self._looking = asyncio.Lock()
+        metrics.tasks.set(len(library.now.store.tasks()))
+
+    # What a request is
+
+    async def classify(self, model: str, rows: Sequence[Row], gates: bool) -> tuple[list[Classified], int]:
+        """An answer a row, all by one version of the store; and the tokens that were read."""
+        with self._room(len(rows)):
+            return await self._again(lambda now: self._classify(now, model, rows, gates))
+
+    async def write(self, model: str, rows: Sequence[Asked], sampling: Sampling) -> list[Written]:
+        """A text or a label a row, whole, all by one version of the store."""
+        with self._room(len(rows)):
+            return await self._again(lambda now: self._write(now, model, rows, sampling))
+
+    async def stream(self, model: str, row: Asked, sampling: Sampling) -> AsyncGenerator[TaskRecord | str | Written]:
+        """The record first, pieces of the text as they are written, at last the whole."""
+        with self._room(1):
+            [begun] = await self._again(lambda now: self._begin(now, model, [row], sampling))
+            try:
+                yield begun.record
+                while isinstance(found := await begun.job.answer(), str):
+                    yield found
+                written = self._written(begun, found)
+                if written.completion is None:
+                    yield written.text
+                yield written
+            finally:
+                begun.job.cancelled = True
+
+    @contextmanager
+    def _room(self, rows: int) -> Iterator[None]:
+        """Count rows under way. Raises ApiError where there are too many."""
+        most = self.settings.queue
+        if rows > most:
+            raise ApiError(400, f"input: {rows} texts, at most {most} can be asked at once", param="input")
+        if self.rows + rows > most:
+            after = self.worker.retry_after(self.rows)
+            raise ApiError(429, "too many rows under way; ask again later", code="overloaded", retry_after=after)
+        self.rows += rows
+        self.metrics.queue.set(self.rows)
+        try:
+            yield
+        finally:
+            self.rows -= rows
+            self.metrics.queue.set(self.rows)
+
+    async def _again(self, ask: Callable[[Snapshot], Awaitable[Found]]) -> Found:
+        """Ask the model as it is; once more where what it was made of has gone from the store meanwhile."""
+        now = self.library.now
+        try:
+            return await ask(now)
+        except StoreError as error:
+            await self.reload()
+            if self.library.now is now:
+                raise
+            log.info("asked again", extra={"fields": {"reason": str(error)}})
+            return await ask(self.library.now)
+
+    def decode(self, token: int) -> str:
+        return str(self.library.engine.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+    # By one version
+
+    async def _classify(
+        self, now: Snapshot, model: str, rows: Sequence[Row], gates: bool
+    ) -> tuple[list[Classified], int]:
+        names, shares = await self._names(now, model, rows)
+        records = [None if name is None else self._record(now, name) for name in names]
+        for record in filter(None, records):
+            if record.task.kind != "classification":
+                raise ApiError(400, f"model: {record.name!r} writes text; ask /v1/completions", param="model")
+        places = [place for place, record in enumerate(records) if record is not None]
+        requests = await self._encoded(now, [rows[place] for place in places], [str(names[place]) for place in places])
+        answers = dict(zip(places, await self._read(requests, gates), strict=True))
+        data = []
+        for place, one in enumerate(records):
+            found, use = answers.get(place, (None, None))
+            data.append(classified(now, place, one, found, use, shares[place]))
+        return data, sum(len(request.row.input_ids) for request in requests)
+
+    async def _write(self, now: Snapshot, model: str, rows: Sequence[Asked], sampling: Sampling) -> list[Written]:
+        begun = await self._begin(now, model, rows, sampling)
+        try:
+            return [self._written(one, await one.job.last()) for one in begun]
+        finally:
+            for one in begun:
+                one.job.cancelled = True
+
+    async def _begin(self, now: Snapshot, model: str, rows: Sequence[Asked], sampling: Sampling) -> list[Begun]:
+        texts = [row if isinstance(row, str) else last_of_user(row) for row in rows]
+        names = [name for name in (await self._names(now, model, texts))[0] if name is not None]
+        if len(names) < len(rows):
+            raise ApiError(400, "auto: no task is known for this text; name one", param="model", code="no_task")
+        records = [self._record(now, name) for name in names]
+        room = max(one.task.max_length or MAX_LENGTH for one in records)  # a longer answer was never learned
+        how = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+        asked = [as_row(*pair) for pair in zip(records, rows, strict=True)]
+        requests = await self._encoded(now, asked, names, how.max_new_tokens)
+        begun = []
+        for record, request in zip(records, requests, strict=True):
+            writes = record.task.kind == "generation"
+            job = Text(now.engine.writing(request, how)) if writes else Reading([request], gates=False)
+            begun.append(Begun(record, request, job))
+        for one in begun:
+            self.worker.submit(one.job)
+        return begun
+
+    def _written(self, begun: Begun, found: Any) -> Written:
+        record, request = begun.record, begun.request
+        if isinstance(found, Completion):
+            self.metrics.answered(record.name, 1, found.prompt_tokens, found.tokens)
+            return Written(record, found.text, found, None, found.prompt_tokens, found.tokens)
+        [(answer, _)] = found
+        words = request.encoder.answers[list(record.task.labels or ()).index(answer.label)]
+        read, written = len(request.row.input_ids), 1 if record.task.head == "classifier" else len(words)
+        self.metrics.answered(record.name, 1, read, written)
+        return Written(record, answer.label, None, answer.scores, read, written)
+
+    async def _names(
+        self, now: Snapshot, model: str, rows: Sequence[Row]
+    ) -> tuple[list[str | None], list[dict[str, float] | None]]:
+        """The task of each row, None where auto knows none, and under auto the shares of all."""
+        if model != AUTO:
+            self._record(now, model)
+            return [model] * len(rows), [None] * len(rows)
+        if now.router is None:
+            raise ApiError(404, "model: auto needs a router, which this store has not; name a task", param="model")
+        texts = [row if isinstance(row, str) else str(row.get("text", "")) for row in rows]
+        if not all(text.strip() for text in texts):
+            raise ApiError(400, "input: auto reads texts that are not empty", param="input")
+        routes = await self._done(Routing(now.router.route, texts))
+        return [route.task for route in routes], [dict(route.shares) for route in routes]
+
+    def _record(self, now: Snapshot, name: str) -> TaskRecord:
+        try:
+            return now.record(name)
+        except Exception as error:
+            raise from_ours(error) from error
+
+    async def _encoded(
+        self, now: Snapshot, rows: Sequence[Row], names: Sequence[str], max_new_tokens: int = 1
+    ) -> list[Request]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._encoding, now.engine.requests, rows, names, max_new_tokens)
+
+    async def _read(self, requests: Sequence[Request], gates: bool) -> list[Answer]:
+        if not requests:
+            return []
+        found: list[Answer] = await self._done(Reading(requests, gates))
+        for request in requests:
+            self.metrics.answered(request.entry.task.name, 1, len(request.row.input_ids), 0)
+        return found
+
+    async def _done(self, job: Reading | Routing) -> Any:
+        self.worker.submit(job)
+        try:
+            return await job.answer()
+        finally:
+            job.cancelled = True
+
+    # The store
+
+    async def reload(self) -> None:
+        """Look whether the store has changed. What cannot be served is told in the log, and the old model stays."""
+        async with self._looking:
+            try:
+                changed = await asyncio.to_thread(self.library.reload)
+            except Exception as error:
+                self.metrics.reloads.labels("failed").inc()
+                log.error("reload failed", extra={"fields": {"reason": str(error)}})
+                return
+        if changed:
+            self.metrics.reloads.labels("done").inc()
+            tasks = {record.name: record.version for record in self.library.now.store.tasks()}
+            self.metrics.tasks.set(len(tasks))
+            log.info("reloaded", extra={"fields": {"tasks": tasks}})
+
+    async def watch(self) -> None:
+        """Look again and again."""
+        while self.settings.reload_seconds:
+            await asyncio.sleep(self.settings.reload_seconds)
+            await self.reload()
+
+
+def classified(
+    now: Snapshot,
+    index: int,
+    record: TaskRecord | None,
+    found: Prediction | None,
+    use: Mapping[int, float] | None,
+    tasks: dict[str, float] | None,
+) -> Classified:
+    undecided = None if now.levels is None else REVIEW
+    shares = None if tasks is None else {name: rounded(share) for name, share in tasks.items()}
+    if record is None or found is None:
+        return Classified(
+            index=index, label=None, scores={}, decision=undecided, task=None, version=None, expert=None, tasks=shares
+        )
+    scores = {label: rounded(share) for label, share in found.scores.items()}
+    levels = (now.levels or {}).get(record.name)
+    return Classified(
+        index=index,
+        label=found.label,
+        scores=scores,
+        decision=undecided if levels is None else decide(levels, found.label, scores),
+        task=record.name,
+        version=record.version,
+        expert=expert(record),
+        tasks=shares,
+        gates=None if use is None else {str(layer): rounded(share) for layer, share in use.items()},
+    )
+
+
+def last_of_user(messages: Sequence[Message]) -> str:
+    """What is asked in a chat. Raises ApiError."""
+    for message in reversed(messages):
+        if message.role == "user":
+            return message.text
+    raise ApiError(400, "messages: no turn is the user's; add one", param="messages")
+
+
+def as_row(record: TaskRecord, asked: Asked) -> Row:
+    """A chat as a row of the task: the whole of it where the task has no instruction of its own, else what is asked."""
+    if isinstance(asked, str):
+        return asked
+    task = record.task
+    whole = task.kind == "generation" and template(task.instruction).literals == ("", "")
+    if not whole:
+        return last_of_user(asked)
+    turns = [{"role": "system" if turn.role == "developer" else turn.role, "content": turn.text} for turn in asked]
+    if turns[-1]["role"] == "assistant":
+        raise ApiError(400, "messages: the last turn is the assistant's; end with the user's", param="messages")
+    return {"messages": turns}
+
+
+def logprob(share: float) -> float:
+    return math.log(max(share, 1e-30))

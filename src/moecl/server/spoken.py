@@ -1,0 +1,174 @@
+"""Answers as OpenAI's objects: whole, and as server-sent events."""
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+from moecl.generation import Token
+from moecl.server.library import expert
+from moecl.server.schema import (
+    Chat,
+    ChatChoice,
+    ChatLogprobs,
+    ChatMessage,
+    TextChoice,
+    TextCompletion,
+    TextLogprobs,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
+from moecl.server.service import Written, logprob
+from moecl.store import TaskRecord
+
+Decode = Callable[[int], str]
+DONE = b"data: [DONE]\n\n"
+
+
+def fingerprint(record: TaskRecord) -> str:
+    return f"{record.name}-v{record.version}-{expert(record)[:12]}"
+
+
+def head(kind: str, record: TaskRecord) -> dict[str, Any]:
+    """What every object and chunk of an answer has."""
+    prefix = "cmpl" if kind == "text_completion" else "chatcmpl"
+    return {
+        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": record.name,
+        "system_fingerprint": fingerprint(record),
+    }
+
+
+def usage(answers: Sequence[Written]) -> Usage:
+    return Usage.of(sum(one.prompt_tokens for one in answers), sum(one.tokens for one in answers))
+
+
+def finish(answer: Written) -> Any:
+    return "stop" if answer.completion is None else answer.completion.reason
+
+
+def chat(answer: Written, decode: Decode, top: int | None) -> Chat:
+    logprobs = None if top is None else ChatLogprobs(content=told(answer, decode, top))
+    choice = ChatChoice(message=ChatMessage(content=answer.text), logprobs=logprobs, finish_reason=finish(answer))
+    return Chat(**head("chat.completion", answer.record), choices=[choice], usage=usage([answer]))
+
+
+def completions(answers: Sequence[Written], decode: Decode, top: int | None) -> TextCompletion:
+    choices = [
+        TextChoice(
+            index=index,
+            text=answer.text,
+            logprobs=None if top is None else text_logprobs(told(answer, decode, top)),
+            finish_reason=finish(answer),
+        )
+        for index, answer in enumerate(answers)
+    ]
+    return TextCompletion(**head("text_completion", answers[0].record), choices=choices, usage=usage(answers))
+
+
+def told(answer: Written, decode: Decode, top: int) -> list[TokenLogprob]:
+    """The tokens with their log p; of a label the label, beside the others."""
+    if answer.completion is not None:
+        return [token_logprob(token, decode) for token in answer.completion.logprobs]
+    scores = answer.scores or {}
+    ranked = sorted(scores.items(), key=lambda one: -one[1])[:top]
+    others = [one_logprob(label, logprob(share)) for label, share in ranked]
+    return [TokenLogprob(**vars(one_logprob(answer.text, logprob(scores[answer.text]))), top_logprobs=others)]
+
+
+def token_logprob(token: Token, decode: Decode) -> TokenLogprob:
+    others = [one_logprob(decode(other), share) for other, share in token.top]
+    return TokenLogprob(**vars(one_logprob(decode(token.id), token.logprob)), top_logprobs=others)
+
+
+def one_logprob(token: str, logprob: float) -> TopLogprob:
+    return TopLogprob(token=token, logprob=max(logprob, -9999.0), bytes=list(token.encode()))  # JSON has no infinity
+
+
+def text_logprobs(tokens: Sequence[TokenLogprob]) -> TextLogprobs:
+    offsets = [0]
+    for token in tokens:
+        offsets.append(offsets[-1] + len(token.token))
+    return TextLogprobs(
+        tokens=[token.token for token in tokens],
+        token_logprobs=[token.logprob for token in tokens],
+        top_logprobs=[{one.token: one.logprob for one in token.top_logprobs} for token in tokens],
+        text_offset=offsets[:-1],
+    )
+
+
+# As a stream
+
+
+def event(data: Mapping[str, Any]) -> bytes:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+
+
+async def chat_events(
+    pieces: AsyncIterator[str | Written | TaskRecord], decode: Decode, top: int | None, with_usage: bool
+) -> AsyncIterator[bytes]:
+    """Log p comes with the last piece."""
+
+    def chunk(delta: dict[str, Any], finish_reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+        return {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    async for data in events(
+        "chat.completion.chunk",
+        pieces,
+        with_usage,
+        first=chunk({"role": "assistant", "content": ""}),
+        piece=lambda text: chunk({"content": text}),
+        last=lambda answer: chunk(
+            {},
+            finish(answer),
+            None if top is None else ChatLogprobs(content=told(answer, decode, top)).model_dump(),
+        ),
+    ):
+        yield data
+
+
+async def text_events(
+    pieces: AsyncIterator[str | Written | TaskRecord], decode: Decode, top: int | None, with_usage: bool
+) -> AsyncIterator[bytes]:
+    def choice(text: str, finish_reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+        return {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    async for data in events(
+        "text_completion",
+        pieces,
+        with_usage,
+        first=None,
+        piece=choice,
+        last=lambda answer: choice(
+            "", finish(answer), None if top is None else text_logprobs(told(answer, decode, top)).model_dump()
+        ),
+    ):
+        yield data
+
+
+async def events(
+    kind: str,
+    pieces: AsyncIterator[str | Written | TaskRecord],
+    with_usage: bool,
+    first: dict[str, Any] | None,
+    piece: Callable[[str], dict[str, Any]],
+    last: Callable[[Written], dict[str, Any]],
+) -> AsyncIterator[bytes]:
+    shared: dict[str, Any] = {}
+    more = {"usage": None} if with_usage else {}
+    async for found in pieces:
+        if isinstance(found, TaskRecord):
+            shared = head(kind, found)
+            if first is not None:
+                yield event({**shared, "choices": [first], **more})
+        elif isinstance(found, str):
+            yield event({**shared, "choices": [piece(found)], **more})
+        else:
+            yield event({**shared, "choices": [last(found)], **more})
+            if with_usage:
+                yield event({**shared, "choices": [], "usage": usage([found]).model_dump()})
+    yield DONE
