@@ -93,7 +93,7 @@ ALLOWED = {
     "evaluate": {"data", "engine"},
     "general": {"nn", "data", "model", "engine"},
     "routed": {"data", "engine", "router", "evaluate"},
-    "train": {"methods", "data", "store", "backbone", "bank", "model", "prefix", "engine", "router", "evaluate"},
+    "train": {"nn", "methods", "data", "store", "backbone", "bank", "model", "prefix", "engine", "router", "evaluate"},
     "bench": {"train", "data", "methods"},
     "report": set(),
 }
