@@ -140,12 +140,15 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := installed(name))},
         "commit": commit(),
-        "options": {
-            name: value.name if isinstance(value, Path) else str(value)  # where data lie is the machine's own affair
-            for name, value in vars(options).items()
-            if name != "json"
-        },
+        "options": {name: told(value) for name, value in vars(options).items() if name != "json"},
     }
+
+
+def told(value: Any) -> str:
+    """An option's value; of paths the names, as where data lie is the machine's own affair."""
+    if isinstance(value, list):
+        return ", ".join(map(told, value))
+    return value.name if isinstance(value, Path) else str(value)
 
 
 def processor() -> str:
