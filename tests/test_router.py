@@ -17,7 +17,7 @@ from moecl.data.task import example, text_alone, text_of_any
 from moecl.engine import Engine
 from moecl.errors import ConfigError, DataError, StoreError
 from moecl.model import MoECL
-from moecl.router import MOST_ROWS, TOKENS, Features, Route, Router, Statistics, _some, key_of, read
+from moecl.router import MOST_ROWS, TOKENS, Features, Route, Router, Statistics, _some, read
 from moecl.routing import Routing
 from moecl.run_folder import RunFolder
 from moecl.store import Store
@@ -161,7 +161,7 @@ def test_unknown_below_the_threshold(router, learned):
 def test_statistics_are_kept_with_each_task(learned):
     store = Store.open(learned / "run" / "store")
     statistics = read(store)
-    assert list(statistics.train.means) == list(statistics.held.means) == [key_of(one) for one in store.tasks()]
+    assert list(statistics.train.means) == list(statistics.held.means) == [one.reference for one in store.tasks()]
     assert (statistics.train.freedom, statistics.held.freedom) == (3 * 31, 3 * 7)
     assert store.verify() == []
 
@@ -184,6 +184,19 @@ def test_learning_on_or_again_ends_with_the_same_statistics(learned, run, tmp_pa
     assert "later@2" in statistics.train.means
     assert statistics.known(store.tasks())["later"] == "later@2"
     assert Router.load(MoECL.from_pretrained(run), store).tasks == ("later", "task0", "task1", "task2")
+
+
+def test_a_version_after_a_deleted_one_is_found(run):
+    """The number of a deleted version is never given again: the statistics go by the version that the store makes."""
+    task = RunFolder(run).config().tasks[0]
+    learn(run, task, replace=True)
+    store = Store.open(run / "store")
+    store.rollback(task.name, 1)
+    store.delete(f"{task.name}@2")
+    learn(run, task, replace=True)
+    store = Store.open(run / "store")
+    assert store.record(task.name).version == 3
+    assert read(store).known(store.tasks())[task.name] == f"{task.name}@3"
 
 
 def test_another_order_routes_alike(learned, router, tmp_path):

@@ -139,6 +139,10 @@ class Manifest(_Strict):
             found[record.name] = max(record.version, found.get(record.name, 0))
         return found
 
+    def next_version(self, name: str) -> int:
+        """The number that the next version of a task gets."""
+        return self.newest().get(name, 0) + 1
+
     def aliases_of(self, record: TaskRecord) -> list[str]:
         return [alias for alias, version in self.aliases.get(record.name, {}).items() if version == record.version]
 
@@ -176,7 +180,7 @@ class Manifest(_Strict):
     def with_version(self, record: TaskRecord, parts: dict[str, str]) -> Manifest:
         """`record` with `parts` as the newest version of its task, which becomes the last one learned."""
         changes = {
-            "version": self.newest().get(record.name, 0) + 1,
+            "version": self.next_version(record.name),
             "parts": parts,
             "superseded": False,
             "pinned": False,

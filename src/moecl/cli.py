@@ -299,12 +299,13 @@ def evaluate(
     The rows are those of the splits that the run's config.yaml names. `--task auto`: every task with and without its
     name, where texts find their task themselves; of the test split it is kept for `moecl report`.
     """
+    from moecl.config import AUTO
     from moecl.show import show_scores
     from moecl.using import scores
 
     if split not in SPLITS:
         raise ConfigError(f"--split: {split!r} is none of {', '.join(SPLITS)}{near(split, SPLITS)}")
-    if "auto" in (tasks or []):
+    if AUTO in (tasks or []):
         found = cli_router.evaluate_auto(err, run, tasks or [], split, device or "auto", expert_memory)
         print(found.model_dump_json(by_alias=True)) if as_json else cli_router.show_routing(out, found)
         return

@@ -63,12 +63,13 @@ def compare(
     With --route auto under the task that each run's router finds a text to be for, and under the base for none.
     """
     from moecl.compare import Comparison, compare_tasks, compare_texts, failed, read_result, to_json
+    from moecl.config import AUTO
 
     if strict and confident:
         raise ConfigError("--strict, --confident: they contradict each other; give one")
     if output is not None and not output.absolute().parent.is_dir():
         raise RunError(f"-o {output}: no folder {output.parent}; make it first")
-    if route is not None and (route != "auto" or general is None):
+    if route is not None and (route != AUTO or general is None):
         raise ConfigError("--route: it is auto or not given, and needs --general FILE")
     decides: Decides = "strict" if strict else "confident" if confident else "point"
     tasks = compare_tasks(read_result(old), read_result(new), max_drop, decides)

@@ -25,6 +25,7 @@ TASK_METRICS: dict[str, tuple[Metric, ...]] = {
 }
 
 _Config = TypeVar("_Config", bound=Settings)
+AUTO = "auto"  # in the place of a task's name: whichever task a text is for
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _BRACES = re.compile(r"\{\{|\}\}|\{[^{}\n]+\}|[{}]")
 
@@ -75,7 +76,7 @@ class Task(Settings):
                 f"{show(name)} cannot be a file name; use letters, digits, '.', '_' and '-', "
                 "start with a letter or digit, and stay within 64 characters"
             )
-        if name.casefold() == "auto":
+        if name.casefold() == AUTO:
             raise problem(f"{show(name)} stands for whichever task a text is for; choose another name")
         return name
 

@@ -6,7 +6,7 @@ from typing import Any
 from moecl.data.task import load_task_data, text_alone
 from moecl.errors import BaseError, RunError
 from moecl.model import MoECL
-from moecl.router import STATE, KeptFeatures, Statistics, key_of, read
+from moecl.router import STATE, KeptFeatures, Statistics, read
 from moecl.run_folder import RunFolder
 from moecl.store import Store
 from moecl.using import open_store
@@ -59,5 +59,5 @@ def fitted(folder: RunFolder, store: Store, statistics: Statistics | None, devic
             [text_alone(one, data.task) for one in split.examples] if split is not None else []
             for split in (data.train, data.validation)
         )
-        statistics.learn(features, key_of(record), train, held)
+        statistics.learn(features, record.reference, train, held)
     return statistics

@@ -44,7 +44,7 @@ class Route:
 
 @dataclass
 class Statistics:
-    """What a store keeps so as to route: sums over the features of each task's rows, by `key` of its record.
+    """What a store keeps so as to route: sums over the features of each task's rows, by its record's `reference`.
 
     `train` is of training rows, `held` of validation rows, which the means of `train` know nothing of.
     """
@@ -71,7 +71,7 @@ class Statistics:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def learn(self, features: "Features", key: str, train: Sequence[str], held: Sequence[str]) -> None:
-        """Add the texts of a task, whose record has this key."""
+        """Add the texts of a task, whose record has this reference."""
         self.train.add(key, features(_some(train)))
         if held:
             self.held.add(key, features(_some(held)))
@@ -79,21 +79,11 @@ class Statistics:
     def keep(self, records: Iterable[TaskRecord]) -> None:
         """Forget the versions that a store has no more."""
         for moments in (self.train, self.held):
-            moments.keep(map(key_of, records))
+            moments.keep(record.reference for record in records)
 
     def known(self, records: Iterable[TaskRecord]) -> dict[str, str]:
         """Task -> key, of those that there are statistics of."""
-        return {record.name: found for record in records if (found := key_of(record)) in self.train.means}
-
-
-def key_of(record: TaskRecord) -> str:
-    """A version of a task: of other rows than the last one's."""
-    return f"{record.name}@{record.version}"
-
-
-def next_key(store: Store, name: str) -> str:
-    """That of the version which a commit of the task would make."""
-    return f"{name}@{1 + max((record.version for record in store.versions(name)), default=0)}"
+        return {record.name: found for record in records if (found := record.reference) in self.train.means}
 
 
 class Features:

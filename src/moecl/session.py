@@ -31,7 +31,7 @@ from moecl.methods.base import Finished, Method
 from moecl.model import MoECL
 from moecl.prefix import prefixes
 from moecl.results import Items, Result, SplitInfo
-from moecl.router import STATE, KeptFeatures, Statistics, next_key
+from moecl.router import STATE, KeptFeatures, Statistics
 from moecl.run_folder import RunFolder
 from moecl.start import Start, Starts
 from moecl.store import Store, TaskRecord
@@ -280,7 +280,8 @@ class Session:
             base = self.store.manifest.base.sha256
             features = KeptFeatures(self.model, self.tokenizer, self.statistics.layer, base, self.watcher.note)
             for course in courses:
-                self.statistics.learn(features, next_key(self.store, course.name), *texts(course))
+                reference = f"{course.name}@{self.store.manifest.next_version(course.name)}"
+                self.statistics.learn(features, reference, *texts(course))
         return {} if self.statistics is None else {STATE: self.statistics.tensors()}
 
     def _record(self, task: Task, finished: Finished) -> TaskRecord:

@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moecl.config import AUTO
 from moecl.errors import AssetError, BaseError, DataError, MoECLError, RunError, StoreError, TaskError
 from moecl.review import TaskThresholds, Thresholds, decide, rounded
 from moecl.run_folder import RunFolder
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from moecl.routing import Routing
     from moecl.store import Store, TaskRecord
 
-AUTO = "auto"  # in the place of a task's name: whichever task a text is for
 STEP = 64  # rows that are answered at once
 
 
@@ -169,7 +169,8 @@ def scores(
     from moecl.evaluate import evaluate_task, prompts
 
     store, config = open_store(run), RunFolder(run).config()
-    splits = read_splits(run, store, names or [record.name for record in store.tasks()], split)
+    asked = names or [record.name for record in store.tasks()]
+    splits = {name: split_of(config, store.record(name), split, run) for name in asked}
     engine = Engine(load(store, device, expert_memory), batch_tokens=config.train.eval_batch_tokens)
     rows = []
     for done, (name, found) in enumerate(splits.items()):
@@ -179,18 +180,13 @@ def scores(
     return rows
 
 
-def read_splits(run: Path, store: "Store", names: Sequence[str], split: str) -> dict[str, "Split"]:
-    config = RunFolder(run).config()
-    return {asked: split_of(config, store.record(asked), split, run) for asked in names}
-
-
 def routing(run: Path, split: str, device: str, expert_memory: str) -> "Routing":
     """Every task's split with and without its name; that of the test split is kept for the report."""
     from moecl.engine import Engine
     from moecl.routed import measure
 
     store, config = open_store(run), RunFolder(run).config()
-    splits = read_splits(run, store, [record.name for record in store.tasks()], split)
+    splits = {record.name: split_of(config, record, split, run) for record in store.tasks()}
     model = load(store, device, expert_memory)
     engine = Engine(model, batch_tokens=config.train.eval_batch_tokens)
     digests = {record.name: record.parts for record in store.tasks()}

@@ -28,7 +28,7 @@ class ByWord:
 
 @pytest.fixture
 def server(tmp_path, tiny_folder, monkeypatch):
-    monkeypatch.setattr(library, "router_of", lambda engine, store: ByWord())
+    monkeypatch.setattr(library.Router, "load", lambda model, store: ByWord())
     with live(make_store(tmp_path, tiny_folder, "mood topic write")) as found:
         yield found
 
@@ -64,7 +64,7 @@ def test_what_auto_cannot_answer(server):
 
 
 def test_without_a_router_there_is_no_auto(tmp_path, tiny_folder, monkeypatch):
-    monkeypatch.setattr(library, "router_of", lambda engine, store: None)
+    monkeypatch.setattr(library.Router, "load", lambda model, store: None)
     with live(make_store(tmp_path, tiny_folder, "mood")) as server:
         refused = server.post("/v1/classify", model="auto", input="x")
         assert (refused.status_code, refused.json()["error"]["param"]) == (404, "model")

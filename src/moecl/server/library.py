@@ -1,23 +1,22 @@
 """The store's model as it is now. A request keeps the version that it was begun with to its end."""
 
-import importlib
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from moecl.config import AUTO
 from moecl.data.task import template
 from moecl.engine import Engine
 from moecl.errors import MoECLError
 from moecl.results import Result
 from moecl.review import TaskThresholds, Thresholds
+from moecl.router import Router
 from moecl.run_folder import RESULT, RunFolder
 from moecl.server.schema import Run, TaskInfo
 from moecl.store import MANIFEST, Store, TaskRecord
 from moecl.using import load, open_store
 
-AUTO = "auto"
 log = logging.getLogger("moecl.server")
 
 
@@ -29,7 +28,7 @@ class Snapshot:
     engine: Engine
     levels: dict[str, TaskThresholds] | None  # None without a thresholds file; a task that it does not fit has none
     result: Result | None
-    router: Any | None
+    router: Router | None
     created: int
 
     def record(self, name: str) -> TaskRecord:
@@ -98,7 +97,7 @@ class Library:
     def _snapshot(self, store: Store, engine: Engine, strict: bool) -> Snapshot:
         levels = None if self.thresholds is None else self._levels(self.thresholds, store, strict)
         created = int(os.stat(store.path / MANIFEST).st_mtime)
-        return Snapshot(store, engine, levels, self._result(), router_of(engine, store), created)
+        return Snapshot(store, engine, levels, self._result(), Router.load(self.model, store), created)
 
     def _levels(self, path: Path, store: Store, strict: bool) -> dict[str, TaskThresholds]:
         """Thresholds of the tasks. A task that changed under a running server has none: all of it goes to review."""
@@ -142,12 +141,3 @@ def mark(path: Path) -> tuple[int, int, int] | None:
 def expert(record: TaskRecord) -> str:
     """The sha256 of the task's own expert, as `moecl tasks` tells it."""
     return record.parts.get("task", next(iter(record.parts.values())))
-
-
-def router_of(engine: Engine, store: Store) -> Any | None:
-    """What `auto` asks; None where this moecl, or the store, has no router."""
-    try:
-        module = importlib.import_module("moecl.router")
-    except ModuleNotFoundError:
-        return None
-    return module.Router.load(engine.model, store)

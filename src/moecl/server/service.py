@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from moecl.config import AUTO
 from moecl.data.task import template
 from moecl.engine import MAX_LENGTH
 from moecl.errors import StoreError
 from moecl.generation import Completion, Sampling
 from moecl.request import Prediction, Request
 from moecl.review import REVIEW, decide, rounded
-from moecl.server.library import AUTO, Library, Snapshot, expert
+from moecl.server.library import Library, Snapshot, expert
 from moecl.server.metrics import Metrics
 from moecl.server.problems import ApiError, from_ours
 from moecl.server.queue import Answer, Reading, Routing, Text, Worker
