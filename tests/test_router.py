@@ -155,6 +155,15 @@ def test_unknown_below_the_threshold(router, learned):
         assert [list(one.shares.values()) for one in routes] == shares.tolist(), "shares are given either way"
 
 
+def test_what_lies_beyond_all_tasks_is_unknown_even_with_two(router, learned):
+    known = router.features(texts(learned, "task1"))
+    two = Router(router.features, router.statistics, dict(zip(router.tasks[:2], router.keys[:2], strict=True)))
+    assert two.calibration.threshold is None
+    wide = known.mean(axis=0) + 50 * (known - known.mean(axis=0))
+    assert all(one.task is None for one in two.routes(wide))
+    assert np.mean([one.task is not None for one in two.routes(known)]) > 0.8
+
+
 # What a store keeps
 
 

@@ -29,6 +29,7 @@ STATE = "router"  # what a store's state for further learning calls it
 TOKENS = 128  # of a text, from its start, that are read
 MOST_ROWS = 2000  # of a split that the statistics are taken of
 FALSE_ACCEPT = 0.1
+NOWHERE = -2.0  # how familiar a text is that lies beyond all tasks; a cosine is -1 at least
 MOST_BYTES = 10**9  # of what the cache keeps of splits
 
 Floats32 = NDArray[np.float32]
@@ -186,8 +187,11 @@ class Router:
 
     def see(self, features: Floats32) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Of features [n, D] the shares [n, tasks], and how familiar each text is [n]."""
-        scores, familiar = self.discriminant.see(self.white(features))
-        return np.exp(log_shares(scores, self.calibration.temperature)), familiar
+        white = self.white(features)
+        scores, familiar = self.discriminant.see(white)
+        nearest = scores.argmax(axis=1)
+        beyond = self.discriminant.away(white, nearest) > self.calibration.reach[nearest]
+        return np.exp(log_shares(scores, self.calibration.temperature)), np.where(beyond, NOWHERE, familiar)
 
     def familiar_without(self, task: str, features: Floats32) -> NDArray[np.float64]:
         """[n]: how familiar texts would be, had `task` not been learned. For three tasks and more."""
@@ -196,7 +200,7 @@ class Router:
     def accepts(self, familiar: NDArray[np.float64]) -> NDArray[np.bool_]:
         """[n]: whether a text is taken to be for one of the tasks."""
         least = self.calibration.threshold
-        return np.full(len(familiar), True) if least is None else familiar >= least
+        return familiar >= (-1.0 if least is None else least)
 
     def white(self, features: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         return self.whitener(features.astype(np.float64) - self.origin)
