@@ -14,6 +14,8 @@ from measure import met, run
 from moecl.report.bench import sections
 from moecl.report.page import Figure, Page, Section, markdown
 from moecl.report.read import Bench, read
+from moecl.review_measure import Review
+from moecl.review_tables import against_table
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -101,10 +103,24 @@ def machines(results: Sequence[Result]) -> Iterator[str]:
 
 
 def quality(folder: Path = RESULTS / "quality") -> str:
-    """What `moecl report` says of each bench that has a finished cell."""
-    found = [read(path.parent) for path in sorted(folder.glob("*/bench.json"))]
-    benches = [bench for bench in found if isinstance(bench, Bench) and bench.results]
-    return "\n\n".join(map(of_bench, benches)) or "Nothing is measured yet."
+    """What `moecl report` says of each bench that has a finished cell, and what reviews of its cells came to."""
+    found = {path.parent: read(path.parent) for path in sorted(folder.glob("*/bench.json"))}
+    benches = {where: bench for where, bench in found.items() if isinstance(bench, Bench) and bench.results}
+    parts = [part for where, bench in benches.items() for part in (of_bench(bench), "\n".join(reviews(where)))]
+    return "\n\n".join(filter(None, parts)) or "Nothing is measured yet."
+
+
+def reviews(bench: Path) -> Iterator[str]:
+    """Reviews of cells, one against another: reviews/A_against_B/review.json."""
+    head = ("A", "B", "task", "rate A", "rate B", "A - B in points (95 %)", "saved in 1000", "precision A, B")
+    for number, path in enumerate(sorted(bench.glob("reviews/*/review.json"))):
+        if not number:
+            yield f"#### What needs no human\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}"
+        a, b = path.parent.name.split("_against_")
+        against = Review.model_validate_json(path.read_text()).against
+        assert against is not None
+        for line in against_table(against, a, b).lines:
+            yield f"| {' | '.join((a, b, *line.cells))} |"
 
 
 def of_bench(bench: Bench) -> str:
