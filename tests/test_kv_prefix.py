@@ -272,8 +272,17 @@ def test_the_least_recently_used_goes_first():
     kv.keep("y", [3, 3, 3, 3], layers(4))
     assert (kv.bytes, len(kv)) == (64, 2)
     assert [kv.find(key, [n] * 3).tokens for key, n in (("x", 1), ("x", 2), ("y", 3))] == [2, 0, 2]
-    kv.keep("y", [5] * 11, layers(11))
-    assert (kv.bytes, len(kv)) == (64, 2), "what is too large drives nothing out"
+
+
+def test_the_beginning_of_what_is_too_large_is_kept():
+    kv = KVPrefixes(80)
+    kv.keep("x", [1, 2], layers(2))
+    kv.keep("x", list(range(1, 13)), layers(12))
+    assert (kv.bytes, len(kv)) == (80, 1)
+    assert kv.find("x", list(range(1, 20))).tokens == 10
+    none = KVPrefixes(0)
+    none.keep("x", [1, 2], layers(2))
+    assert len(none) == 0
 
 
 def test_a_text_takes_the_place_of_its_beginnings():

@@ -51,9 +51,13 @@ class KVPrefixes:
             return Known(tokens, self._kept[best])
 
     def keep(self, key: Hashable, ids: Sequence[int], layers: Layers) -> None:
-        """Copies of `layers`, made of `ids` under `key`, in the place of the texts that `ids` goes on from."""
-        text = tuple(ids)
-        taken = sum(tensor.numel() * tensor.element_size() for pair in layers for tensor in pair)
+        """Copies of `layers`, made of `ids` under `key`, in the place of the texts that `ids` goes on from.
+
+        Of what is larger than the limit the beginning is kept.
+        """
+        each = size(layers) // len(ids)
+        if not (text := tuple(ids)[: self.limit // each]):
+            return
         with self._lock:
             for one in [one for one in self._kept if one[0] == key]:
                 if one[1][: len(text)] == text:
@@ -61,15 +65,17 @@ class KVPrefixes:
                     return
                 if one[1] == text[: len(one[1])]:
                     self._drop(one)
-            if taken > self.limit:
-                return
-            while self.bytes + taken > self.limit:
+            while self.bytes + each * len(text) > self.limit:
                 self._drop(next(iter(self._kept)))
-            self._kept[key, text] = [(keys.clone(), values.clone()) for keys, values in layers]
-            self.bytes += taken
+            self._kept[key, text] = [(k[:, : len(text)].clone(), v[:, : len(text)].clone()) for k, v in layers]
+            self.bytes += each * len(text)
 
     def _drop(self, one: tuple[Hashable, tuple[int, ...]]) -> None:
-        self.bytes -= sum(tensor.numel() * tensor.element_size() for pair in self._kept.pop(one) for tensor in pair)
+        self.bytes -= size(self._kept.pop(one))
+
+
+def size(layers: Layers) -> int:
+    return sum(tensor.numel() * tensor.element_size() for pair in layers for tensor in pair)
 
 
 def alike(first: Sequence[int], second: Sequence[int]) -> int:
