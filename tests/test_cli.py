@@ -97,6 +97,7 @@ def test_help_of_train_lists_every_key(moecl):
         ("eval run --expert-memory lots", "--expert-memory: 'lots' is no size; write a number and a unit"),
         ("train s.yaml --expert-memory 0", "--expert-memory: '0' leaves no room for an expert; write a number"),
         ("learn run --task t.yaml --expert-memory 2PB", "--expert-memory: '2PB' has the unknown unit 'PB'; write"),
+        ("serve run --kv-memory lots", "--kv-memory: 'lots' is no size; write a number and a unit"),
         ("init no/s.yaml", "no/s.yaml: no folder no; make it first"),
         ("fetch vadr4", "no asset 'vadr4' (did you mean 'vader4'?); there are: "),
         ("cache clear x", "no asset 'x'; there are: "),

@@ -1,6 +1,8 @@
 """The bank: what answers for each task, and how it comes out of a store."""
 
 import copy
+import hashlib
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
@@ -47,8 +49,14 @@ class Entry:
     `name` is what the bank knows it by: the task's name, or `NAME@VERSION` for a version that was asked for.
     """
 
-    def __init__(self, task: Task, parts: Parts | Callable[[], Parts], name: str | None = None) -> None:
-        self.task, self._parts, self.name = task, parts, name or task.name
+    def __init__(
+        self,
+        task: Task,
+        parts: Parts | Callable[[], Parts],
+        name: str | None = None,
+        digest: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self.task, self._parts, self.name, self._digest = task, parts, name or task.name, digest
 
     @property
     def parts(self) -> Parts:
@@ -59,6 +67,11 @@ class Entry:
     def held(self) -> Parts | None:
         """The parts, where they are not a store's."""
         return self._parts if isinstance(self._parts, Parts) else None
+
+    @property
+    def digest(self) -> str | None:
+        """The sha256 of all that the parts are made of; None where they are not a store's, or move on."""
+        return self._digest()
 
 
 class Loaded:
@@ -184,7 +197,13 @@ class Bank(MutableMapping[str, Entry]):
                 f"{store.path}: task {record.name!r} has the parts {', '.join(record.parts)}, not "
                 f"{', '.join(sorted(wanted))} and a scale; restore the store from a copy"
             )
-        return Entry(record.task, partial(self._parts, store, record), name)
+        return Entry(record.task, partial(self._parts, store, record), name, partial(self._digest, record))
+
+    def _digest(self, record: TaskRecord) -> str | None:
+        if record.live and self.moving:
+            return None
+        made_of = {"form": record.form, "settings": record.settings, "parts": record.parts}
+        return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
     def _sizes(self, rank: Any, labels: int) -> dict[str, int]:
         if (rank, labels) not in self._expected:

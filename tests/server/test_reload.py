@@ -1,5 +1,6 @@
 """A store that changes under a running server: the next request has the new model, no answer has two."""
 
+import re
 import threading
 import time
 from pathlib import Path
@@ -112,6 +113,26 @@ def test_a_text_goes_on_as_it_was_begun(store, tiny_folder):
         other = server.post("/v1/completions", **wish).json()
         assert other["system_fingerprint"].startswith("write-v2")
         assert other["choices"][0]["text"] != whole
+
+
+def test_a_new_version_reuses_nothing_of_what_the_old_one_read(store, tiny_folder):
+    wish = {"model": "write", "prompt": "the food was terrible and sad", "max_tokens": 8}
+
+    def ask(server) -> tuple[str, float, int]:
+        answer = server.post("/v1/completions", **wish).json()
+        [reused] = re.findall(r"(?m)^moecl_kv_tokens_reused_total (\S+)", server.client.get("/metrics").text)
+        return answer["choices"][0]["text"], float(reused), answer["usage"]["prompt_tokens"]
+
+    with live(store, reload_seconds=0.02) as server, live(store, reload_seconds=0.02, kv_memory=0) as plain:
+        first, reused, tokens = ask(server)
+        assert (ask(server), ask(plain)) == ((first, tokens - 1, tokens), (first, reused, tokens))
+        relearn(store, tiny_folder, "write", 9)
+        until(lambda: {one.service.library.now.record("write").version for one in (server, plain)} == {2})
+        second, reused, _ = ask(server)
+        assert (second, reused) == (ask(plain)[0], tokens - 1)
+        assert second != first
+        assert ask(server)[:2] == (second, 2 * (tokens - 1))
+        assert ask(plain)[1] == 0
 
 
 def test_a_request_whose_objects_are_gone_is_asked_again(store, tiny_folder):

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from moecl._sizes import KV_MEMORY
 from moecl.config import AUTO
 from moecl.data.task import template
 from moecl.engine import Engine
@@ -71,7 +72,9 @@ class Snapshot:
 class Library:
     """Loads the base once, and the store's manifest each time it changes."""
 
-    def __init__(self, run: Path, device: str, expert_memory: str, thresholds: Path | None) -> None:
+    def __init__(
+        self, run: Path, device: str, expert_memory: str, thresholds: Path | None, kv_memory: int = KV_MEMORY
+    ) -> None:
         """Raises RunError, StoreError, BaseError; DataError where the thresholds do not fit."""
         self.thresholds = thresholds
         store = open_store(run)
@@ -79,7 +82,7 @@ class Library:
         self.result_of = run if store.path != run else None
         self._seen = self._marks()
         self.model = load(store, device, expert_memory)
-        self.engine = Engine(self.model)
+        self.engine = Engine(self.model, kv_memory=kv_memory)
         self.now = self._snapshot(store, self.engine, strict=True)
 
     def reload(self) -> bool:

@@ -200,6 +200,7 @@ class Worker:
     def _join(self, texts: list[Text]) -> None:
         if not texts:
             return
+        before = self.engine.kv_tokens_reused
         try:
             self.decoder.join([job.writing for job in texts])
         except Exception as error:
@@ -209,6 +210,7 @@ class Worker:
                 for job in texts:
                     self._join([job])
             return
+        self.metrics.reused.inc(self.engine.kv_tokens_reused - before)
         for job in texts:
             self._writing[id(job.writing)] = job
         self._moved(texts)

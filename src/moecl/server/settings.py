@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
+from moecl._sizes import KV_MEMORY
 from moecl.errors import ConfigError
 
 
@@ -22,6 +23,7 @@ class Settings:
     thresholds: Path | None = None
     device: str = "auto"
     expert_memory: str = "2GB"
+    kv_memory: int = KV_MEMORY
     queue: int = 256
     wait_ms: float = 3.0
     timeout: float = 60.0
