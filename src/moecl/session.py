@@ -230,6 +230,9 @@ class Session:
     def _learn(self, courses: Sequence[Course]) -> None:
         """Learn a task, or several at once."""
         begun, [*_, course] = time.monotonic(), courses
+        for one in courses:
+            if self.progress.versions.get(one.name, 1) > 1:
+                self.method.forget(one.name)
         rows = self.method.rehearse([row for one in courses for row in one.train])
         start = self._start(course, self.method)
         parts = self.method.begin(course.task, None if start is None else start.parts)
