@@ -33,7 +33,7 @@ def render(results: Sequence[Result]) -> str:
     """Every ratio against its target, what single benchmarks have beside ratios, and where each ran."""
     if not results:
         return "Nothing is measured yet."
-    own = [list(rows(result)) for result in results for rows in (floors, layers, abstention)]
+    own = [list(rows(result)) for result in results for rows in (floors, layers, abstention, growth)]
     tables = [list(ratios(results)), *own, list(machines(results))]
     return "\n\n".join("\n".join(lines) for lines in tables if lines)
 
@@ -89,6 +89,17 @@ def abstention(result: Result) -> Iterator[str]:
         for name, points in streams.items():
             for point in points:
                 yield f"| {name} | {' | '.join(f'{value:.3g}' for value in point.values())} |"
+
+
+def growth(result: Result) -> Iterator[str]:
+    """How the router does as tasks come, and what a store pays for it."""
+    figures = result["figures"]
+    if right := figures.get("right_by_tasks"):
+        kept = figures["bytes"]
+        yield f"| tasks | {' | '.join(right)} |"
+        yield f"|---|{'---|' * len(right)}"
+        yield f"| rows sent to their task | {' | '.join(f'{share:.3f}' for share in right.values())} |"
+        yield f"| bytes in the store | {' | '.join(f'{kept["once"] + int(n) * kept["a_task"]:,}' for n in right)} |"
 
 
 def machines(results: Sequence[Result]) -> Iterator[str]:
