@@ -99,7 +99,8 @@ def growth(result: Result) -> Iterator[str]:
         yield f"| tasks | {' | '.join(right)} |"
         yield f"|---|{'---|' * len(right)}"
         yield f"| rows sent to their task | {' | '.join(f'{share:.3f}' for share in right.values())} |"
-        yield f"| bytes in the store | {' | '.join(f'{kept["once"] + int(n) * kept["a_task"]:,}' for n in right)} |"
+        sizes = [kept["once"] + int(tasks) * kept["a_task"] for tasks in right]
+        yield f"| bytes in the store | {' | '.join(f'{size:,}' for size in sizes)} |"
 
 
 def machines(results: Sequence[Result]) -> Iterator[str]:
