@@ -228,7 +228,7 @@ class Engine:
             moved = decoder.join(joining, self._run) if joining else decoder.step()
             for writing in moved:
                 if news := writing.news():
-                    yield place_of[id(writing)], news
+                    yield place_of[id(writing)], news.text
                 if writing.reason is not None:
                     yield place_of[id(writing)], writing.completion()
 

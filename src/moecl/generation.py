@@ -76,6 +76,14 @@ class Completion:
     logprobs: tuple[Token, ...] = ()
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What came to a text, and the tokens that were written since the last piece, where their log p is asked for."""
+
+    text: str
+    logprobs: tuple[Token, ...] = ()
+
+
 class Writing:
     """One row and what is written of it so far."""
 
@@ -89,7 +97,7 @@ class Writing:
         self.logprobs: list[Token] = []
         self.reason: Reason | None = None
         self.text = ""
-        self._told = 0
+        self._told = self._listed = 0
         self._draws = torch.Generator().manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
 
     @property
@@ -122,13 +130,15 @@ class Writing:
     def _end(self, reason: Reason) -> None:
         self.reason, self.text = reason, self.text.rstrip()
 
-    def news(self) -> str:
-        """What is certain to stay of the text and was not told before."""
+    def news(self) -> Piece | None:
+        """What is certain to stay of the text and was not told before; None where that is nothing."""
         text = self.text if self.reason else settled(self.text, self.sampling.stop)
         text = text.lstrip()
-        fresh = text[self._told :]
-        self._told = max(self._told, len(text))
-        return fresh
+        if not (fresh := text[self._told :]):
+            return None
+        logprobs = tuple(self.logprobs[self._listed :])
+        self._told, self._listed = len(text), len(self.logprobs)
+        return Piece(fresh, logprobs)
 
     def completion(self) -> Completion:
         assert self.reason is not None

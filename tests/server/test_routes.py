@@ -137,6 +137,25 @@ def test_streams_add_up_to_the_whole(client):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) in TASKS["mood"].labels
 
 
+@pytest.mark.parametrize("model", ["told", "mood"])
+def test_streamed_log_p_adds_up_to_the_whole(client, model):
+    asked = {"model": model, "messages": user("x"), "max_tokens": 9, "logprobs": True, "top_logprobs": 2, "seed": 3}
+    whole = client.chat.completions.create(**asked).choices[0].logprobs.content
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+    told = [token for choice in chunks if choice.logprobs for token in choice.logprobs.content]
+    assert [token.token for token in told] == [token.token for token in whole]
+    assert [token.logprob for token in told] == pytest.approx([token.logprob for token in whole], rel=1e-3)
+    if model == "told":
+        assert sum(choice.logprobs is not None for choice in chunks) > 1, "they come with their pieces"
+
+
+def test_streamed_text_offsets_go_on(client):
+    asked = {"model": "write", "prompt": "x", "max_tokens": 7, "logprobs": 1}
+    whole = client.completions.create(**asked).choices[0].logprobs
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**asked, stream=True)]
+    assert [place for one in chunks if one.logprobs for place in one.logprobs.text_offset] == whole.text_offset
+
+
 def test_events_end_as_openai_ends_them(server):
     asked = {"model": "mood", "prompt": "x", "stream": True}
     with server.client.stream("POST", "/v1/completions", json=asked) as answer:

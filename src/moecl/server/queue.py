@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moecl.engine import Engine, GateUse
-from moecl.generation import Decoder, Writing
+from moecl.generation import Decoder, Piece, Writing
 from moecl.request import Prediction, Request
 from moecl.server.metrics import Metrics
 
@@ -46,7 +46,7 @@ class Job:
 
     async def last(self) -> Any:
         """What all ends with."""
-        while isinstance(found := await self.answer(), str):
+        while isinstance(found := await self.answer(), Piece):
             pass
         return found
 

@@ -13,7 +13,7 @@ from moecl.config import AUTO
 from moecl.data.task import template
 from moecl.engine import MAX_LENGTH
 from moecl.errors import StoreError
-from moecl.generation import Completion, Sampling
+from moecl.generation import Completion, Piece, Sampling
 from moecl.request import Prediction, Request
 from moecl.review import REVIEW, decide, rounded
 from moecl.server.library import Library, Snapshot, expert
@@ -74,17 +74,17 @@ class Service:
         with self._room(len(rows)):
             return await self._again(lambda now: self._write(now, model, rows, sampling))
 
-    async def stream(self, model: str, row: Asked, sampling: Sampling) -> AsyncGenerator[TaskRecord | str | Written]:
+    async def stream(self, model: str, row: Asked, sampling: Sampling) -> AsyncGenerator[TaskRecord | Piece | Written]:
         """The record first, pieces of the text as they are written, at last the whole."""
         with self._room(1):
             [begun] = await self._again(lambda now: self._begin(now, model, [row], sampling))
             try:
                 yield begun.record
-                while isinstance(found := await begun.job.answer(), str):
+                while isinstance(found := await begun.job.answer(), Piece):
                     yield found
                 written = self._written(begun, found)
                 if written.completion is None:
-                    yield written.text
+                    yield Piece(written.text)
                 yield written
             finally:
                 begun.job.cancelled = True
