@@ -44,7 +44,7 @@ def test_the_file_is_as_the_design_has_it(tmp_path: Path) -> None:
     data = json.loads(path.read_text(encoding="utf-8"))
     assert list(data) == [
         *("schema", "name", "method", "seed", "tasks", "R", "metrics", "seconds", "data", "details"),
-        *("items", "environment", "digests", "resumed"),
+        *("items", "environment", "digests", "superseded", "resumed"),
     ]
     assert data["schema"] == 1
     assert data["R"] == [[0.5, 0.5], [0.9, None], [0.9, 1 / 3]]

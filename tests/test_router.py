@@ -167,6 +167,12 @@ def test_what_lies_beyond_all_tasks_is_unknown_even_with_two(router, learned):
 # What a store keeps
 
 
+def test_a_saved_model_routes_as_it_did(router, learned, tmp_path):
+    MoECL.from_pretrained(learned / "run").save_pretrained(tmp_path / "copy")
+    again = Router.load(MoECL.from_pretrained(tmp_path / "copy"), Store.open(tmp_path / "copy"))
+    assert again.route(texts(learned, "task1")) == router.route(texts(learned, "task1"))
+
+
 def test_statistics_are_kept_with_each_task(learned):
     store = Store.open(learned / "run" / "store")
     statistics = read(store)

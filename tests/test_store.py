@@ -219,7 +219,9 @@ def test_card(store: Store) -> None:
     card = (store.path / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: moecl\nbase_model: user/tiny\n")
     assert "| x | classification | a\\|b, c | accuracy | gated | 1 |" in card
-    assert "## Result\n\n| R |\n|---|\n| .9 |\n\n## Use" in card
+    assert "## Result\n\n<!-- result -->\n\n| R |\n|---|\n| .9 |\n\n<!-- result end -->\n\n## Use" in card
+    store.write_card()
+    assert (store.path / "README.md").read_text() == card, "a result stays"
     here = Store.create(store.path.parent / "other", BASE.model_copy(update={"id": "/models/tiny"}))
     here.write_card()
     card = (here.path / "README.md").read_text()

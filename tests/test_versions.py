@@ -15,9 +15,11 @@ from moecl.results import Result
 from moecl.session import Session
 from moecl.store import Store
 from moecl.train import ContinualTrainer, learn
+from moecl.using import learned
 from test_learn import TRAIN, Notes, logits, new
 from tiny import tiny_batch
 from tiny_stream import write_stream
+from tiny_tasks import task
 
 
 @pytest.fixture(scope="module")
@@ -212,16 +214,56 @@ def test_a_rolled_back_live_version_stays_while_others_move(tmp_path, tiny_folde
 
 
 def test_a_store_on_the_hub_keeps_its_names(original, run, tmp_path, monkeypatch):
-    """A store's folder, uploaded as it is, answers by version and alias; one that is saved anew starts at version 1."""
+    """A store's folder, uploaded as it is, answers by version and alias."""
     monkeypatch.setattr("moecl.model.snapshot_download", lambda name, **options: str(run / "store"))
     model = MoECL.from_pretrained("user/model")
     with torch.no_grad():
         assert torch.equal(model(**tiny_batch(), task="task0@prod").logits, logits(original[0] / "once", "task0"))
-    model.save_pretrained(tmp_path / "saved")
-    saved = Store.open(tmp_path / "saved")
-    assert [(task.reference, task.parts) for task in saved.tasks()] == [
-        (f"{task.name}@1", task.parts) for task in Store.open(run / "store").tasks()
-    ]
-    assert saved.manifest.aliases == {}
-    assert [line.what for _, line in saved.audit()] == ["create", "save"]
-    assert saved.verify() == []
+
+
+# --- a copy ---
+
+
+def test_a_loaded_model_is_saved_with_all_its_versions(original, run, tmp_path):
+    *_, second = original
+    model = MoECL.from_pretrained(run)
+    model.save_pretrained(tmp_path / "copy")
+    store, copy = Store.open(run / "store"), Store.open(tmp_path / "copy")
+    assert copy.manifest == store.manifest
+    assert copy.verify() == []
+    assert [line.what for _, line in copy.audit()] == ["create", "save"], "whoever changed the original is not told"
+    card = (tmp_path / "copy" / "README.md").read_text()
+    assert "- task0@1, @prod" in card
+    assert all(f"{score:.3f}" in card for score in second.R[-1])
+    batch = tiny_batch()
+    again = MoECL.from_pretrained(tmp_path / "copy")
+    for name in ("task0", "task0@prod", "task1"):
+        assert torch.equal(again(**batch, task=name).logits, model(**batch, task=name).logits)
+
+
+def test_what_is_learned_in_memory_joins_the_copy(run, tmp_path):
+    model = MoECL.from_pretrained(run)
+    model.add_task(task("later"))
+    model.finish_task()
+    model.save_pretrained(tmp_path / "copy")
+    store, copy = Store.open(run / "store"), Store.open(tmp_path / "copy")
+    assert copy.manifest.tasks[:-1] == store.manifest.tasks
+    assert copy.manifest.tasks[-1].reference == "later@1"
+    assert copy.manifest.aliases == store.manifest.aliases
+    assert copy.manifest.training.keys() == store.manifest.training.keys()
+    MoECL.from_pretrained(tmp_path / "copy").add_task(task("and_on"))
+
+
+def test_a_copy_of_what_is_damaged_is_refused(run, tmp_path):
+    model, store = MoECL.from_pretrained(run), Store.open(run / "store")
+    damaged = store.path / "objects" / f"{store.digests('task1')['task']}.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    with pytest.raises(StoreError, match=r"altered: .*needed by part 'task' of task 'task1'"):
+        model.save_pretrained(tmp_path / "copy")
+
+
+def test_an_older_version_keeps_its_score(original, run):
+    _, _, first, second = original
+    scores = {(row["task"], row["version"]): row["score"] for row in learned(run, everything=True)}
+    assert scores["task0", 1] == first.R[-1][0]
+    assert scores["task0", 2] == second.R[-1][second.tasks.index("task0")]

@@ -5,9 +5,23 @@ from collections.abc import Mapping
 
 from moecl._manifest import Manifest
 
+RESULT = "<!-- result{} -->"  # around what a run has measured, so that a later card keeps it
+
+
+def result_in(card: str) -> str:
+    """What stands under a card's heading Result."""
+    _, _, rest = card.partition(RESULT.format(""))
+    return rest.partition(RESULT.format(" end"))[0].strip()
+
 
 def model_card(manifest: Manifest, sizes: Mapping[str, int], result_markdown: str) -> str:
     """`sizes`: bytes of each task; `result_markdown` goes under its heading Result."""
+    result = result_markdown.strip()
+    versions = [
+        f"- {record.reference}{''.join(f', @{alias}' for alias in manifest.aliases_of(record))}"
+        for record in manifest.tasks
+        if record.superseded or manifest.aliases_of(record)
+    ]
     base = manifest.base
     # The hub takes ids only; a folder's name would be an invalid link.
     hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base.id)
@@ -31,7 +45,8 @@ def model_card(manifest: Manifest, sizes: Mapping[str, int], result_markdown: st
             "| task | kind | labels | metric | form | version | bytes |",
             "|---|---|---|---|---|---|---|",
             *rows,
-            *(["", "## Result", "", result_markdown.strip()] if result_markdown.strip() else []),
+            *(["", "Older versions, and versions with an alias:", "", *versions] if versions else []),
+            *(["", "## Result", "", RESULT.format(""), "", result, "", RESULT.format(" end")] if result else []),
             "",
             "## Use",
             "",

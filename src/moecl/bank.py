@@ -154,6 +154,10 @@ class Bank(MutableMapping[str, Entry]):
             )
         return self._manifest.record(name)
 
+    def copy_store(self, path: str | Path) -> Store | None:
+        """A copy of the store whose tasks were taken, as it was then; None where there was none. Raises StoreError."""
+        return None if self._store is None else self._store.copy_to(path, self._manifest)
+
     def __setitem__(self, name: str, entry: Entry) -> None:
         self._entries[name] = entry
 

@@ -28,7 +28,7 @@ from moecl.config import Task
 from moecl.errors import BaseError, ConfigError, StoreError, TaskError
 from moecl.method_config import MoECLConfig
 from moecl.nn.call import Call, Parts, run_with
-from moecl.nn.forms import to_tensors
+from moecl.nn.forms import tensors, to_tensors
 from moecl.nn.gated import GatedLearner
 from moecl.nn.inject import Injected
 from moecl.nn.lora import Geometry
@@ -301,11 +301,19 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
     ) -> None:
         """Write a store to a new or empty folder: every task, and what further learning needs. Raises StoreError.
 
-        Each task is version 1 there; older versions, aliases and retired tasks are what a copy of the folder has.
-        The open task is stored as it is now, and stays open. The mixin's `config` and `model_card_kwargs` are not used.
+        Of a model that came out of a store all of it, as it was when it was loaded (versions, aliases, retired tasks,
+        what the router knows), and what was learned since. The open task is stored as it is now, and stays open. The
+        mixin's `config` and `model_card_kwargs` are not used.
         """
-        self._take_up()
-        store = Store.create(save_directory, self.base_info())
+        store = self.bank.copy_store(save_directory) or Store.create(save_directory, self.base_info())
+        held = [entry for entry in self.bank.values() if entry.held is not None]
+        if held or not store.manifest.begun:
+            self._take_up()
+            self._commit(store, held)
+        store.write_card()
+
+    def _commit(self, store: Store, entries: Iterable[Entry]) -> None:
+        """Add to a store tasks that are not in it yet, and the state for further learning."""
         settings = self.config.model_dump(exclude={"name"}) | {"seed": self.seed}
 
         def record(entry: Entry) -> tuple[TaskRecord, dict[str, dict[str, Tensor]]]:
@@ -318,10 +326,12 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         if learner is not None and self._open is not None:
             learner = copy.deepcopy(learner)
             learner.finish()
-        training = None if learner is None else learner.export()
-        records = (record(entry) for entry in self.bank.values())  # one task's parts at a time
-        store.commit(records, training, what="save")
-        store.write_card()
+        if learner is None:
+            store.commit(map(record, entries), what="save")
+            return
+        kept = store.training()  # the router's among it, which knows nothing of the new tasks
+        moved = {name: tensors(module) for name, module in learner.moving().items()}
+        store.commit(map(record, entries), kept | learner.export(), moved, what="save")
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Save to a repository of the hub; keyword arguments are those of huggingface_hub's mixin.

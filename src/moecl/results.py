@@ -83,6 +83,9 @@ class Result(BaseModel):
     items: dict[str, Items] = Field(default_factory=dict, description="task -> its test rows after the last task")
     environment: Details = Field(default_factory=dict, description="versions, device, dtype, threads")
     digests: dict[str, dict[str, str]] = Field(default_factory=dict, description="task -> part -> sha256")
+    superseded: dict[str, float | None] = Field(
+        default_factory=dict, description="NAME@VERSION of a task that was learned again -> its last score"
+    )
     resumed: int = Field(default=0, ge=0, description="how often the run was started again")
 
     @model_validator(mode="before")
@@ -114,6 +117,26 @@ class Result(BaseModel):
         written["R"] = "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in self.R) + "\n]"
         text = ",\n".join(f"{json.dumps(key)}: {written[key]}" for key in fields)
         atomic_write(Path(path), f"{{\n{text}\n}}\n".encode())
+
+    def markdown(self) -> str:
+        """R as a table, and the numbers computed from it, for a model card."""
+
+        def shown(value: float | None) -> str:
+            return "-" if value is None else f"{value:.3f}"
+
+        rows = zip(("(before any)", *self.tasks), self.R, strict=True)
+        numbers = ", ".join(f"{name.replace('_', ' ')} {shown(value)}" for name, value in self.metrics.items())
+        return "\n".join(
+            [
+                f"Learned by {self.method}, seed {self.seed}. A row a task learned, a column a task tested:",
+                "",
+                f"| after | {' | '.join(self.tasks)} |",
+                f"|---|{'---|' * len(self.tasks)}",
+                *(f"| {after} | {' | '.join(map(shown, row))} |" for after, row in rows),
+                "",
+                f"{numbers}.",
+            ]
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

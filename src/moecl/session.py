@@ -361,8 +361,10 @@ class Session:
             items={name: Items(**self.progress.items[name]) for name in names if name in self.progress.items},
             environment=self.environment(),
             digests={name: digests[name] for name in names if name in digests},
+            superseded=self.progress.superseded,
             resumed=self.progress.resumed,
         )
+        self.store.write_card(result.markdown())
         self.folder.finish(result)
         return result
 

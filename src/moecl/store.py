@@ -28,7 +28,7 @@ from torch import Tensor
 from moecl import _audit, _versions
 from moecl._atomic import atomic_write, lock_file, one_line, remove_drafts, sync_folder
 from moecl._audit import LOG, Change
-from moecl._card import model_card
+from moecl._card import model_card, result_in
 from moecl._manifest import FORMAT, HEX, BaseInfo, Manifest, TaskRecord, parse_manifest
 from moecl._objects import Removed, check_finite, compare, encode, in_words, others, read_file, remove
 from moecl._versions import PRODUCTION, Edit
@@ -36,7 +36,7 @@ from moecl.errors import StoreError
 
 __all__ = ["FORMAT", "LOG", "BaseInfo", "Manifest", "ObjectBytes", "Removed", "Store", "TaskRecord", "encode"]
 
-MANIFEST, LOCK = "manifest.json", ".lock"
+MANIFEST, LOCK, CARD = "manifest.json", ".lock", "README.md"
 FOLDERS = ("objects", "training", "tmp")
 
 
@@ -333,12 +333,40 @@ class Store:
         with self.lock(), one_line(self.path, StoreError):
             self._replace_manifest(what, make(self.manifest))
 
-    def write_card(self, result_markdown: str = "") -> None:
-        """README.md, a model card for people and for the hub; `result_markdown` goes under its heading Result."""
-        with self.lock():
+    def write_card(self, result_markdown: str | None = None) -> None:
+        """README.md, a model card for people and for the hub.
+
+        `result_markdown` goes under its heading Result; None keeps what stands there.
+        """
+        with self.lock(), one_line(self.path, StoreError):
             sizes = {name: sum(found) for name, found in self.bytes().items()}
+            path = self.path / CARD
+            if result_markdown is None:
+                result_markdown = result_in(path.read_text()) if path.is_file() else ""
             card = model_card(self.manifest, sizes, result_markdown)
-            atomic_write(self.path / "README.md", card.encode(), tmp=self.path / "tmp", error=StoreError)
+            atomic_write(path, card.encode(), tmp=self.path / "tmp", error=StoreError)
+
+    def copy_to(self, path: str | Path, manifest: Manifest | None = None) -> Store:
+        """A store of its own in a new or empty folder, with all versions, aliases and training state of `manifest`,
+        or of this store as it is; every object is hashed. The audit log begins anew.
+
+        Raises `StoreError`, where something was removed meanwhile too.
+        """
+        manifest = manifest or self.manifest
+        made = Store.create(path, manifest.base)
+        with made.lock(), one_line(made.path, StoreError):
+            for digest in sorted(manifest.digests()):
+                made._take(self._object(digest), made._object(digest), digest, manifest.users(digest))
+            for name, digest in manifest.training.items():
+                made._take(self._training(name, digest), made._training(name, digest), digest, ["further learning"])
+            if (card := self.path / CARD).is_file():
+                atomic_write(made.path / CARD, card.read_bytes(), tmp=made.path / "tmp", error=StoreError)
+            made._replace_manifest("save", Edit(manifest, _versions.changes(made.manifest, manifest), {}))
+        return made
+
+    def _take(self, source: Path, target: Path, digest: str, users: list[str]) -> None:
+        read_file(source, digest, lambda: in_words(users))
+        atomic_write(target, source.read_bytes(), tmp=self.path / "tmp", error=StoreError)
 
     def _object(self, digest: str) -> Path:
         return self.path / "objects" / f"{digest}.safetensors"

@@ -91,6 +91,7 @@ def learn(
         progress = reopened(result, task.name)
         if replace:
             progress.versions[task.name] = known_version(run, result.tasks, task.name) + 1
+            progress.superseded |= last_score(run, result, task.name)
         elif task.name in result.tasks:
             raise TaskError(f"task {task.name!r} is learned already; rename it, or learn it again with --replace")
         tasks = [*(one for one in config.tasks if one.name != task.name), task]
@@ -140,6 +141,13 @@ def known_version(run: RunFolder, known: list[str], name: str) -> int:
     return Store.open(run.store).manifest.newest()[name]
 
 
+def last_score(run: RunFolder, result: Result, name: str) -> dict[str, float | None]:
+    """NAME@VERSION -> score, of the version that the result is about."""
+    score, parts = result.R[-1][result.tasks.index(name)], result.digests.get(name)
+    versions = Store.open(run.store).versions(name)
+    return {record.reference: score for record in versions if dict(record.parts) == parts}
+
+
 def reopened(result: Result, name: str) -> Progress:
     """The progress of a finished run that has `name` still to learn: without its old row and column, if any."""
     R = [list(row) for row in result.R]
@@ -153,4 +161,5 @@ def reopened(result: Result, name: str) -> Progress:
             del row[place]
     for row in R:
         row.append(None)
-    return Progress(R, data, kept, seconds=result.seconds, resumed=result.resumed)
+    superseded = dict(result.superseded)
+    return Progress(R, data, kept, superseded=superseded, seconds=result.seconds, resumed=result.resumed)

@@ -28,13 +28,18 @@ STEP = 64  # rows that are answered at once
 
 
 def learned(run: Path, everything: bool = False) -> list[dict[str, Any]]:
-    """A row a task, its score that of the end of the run, where that is the version that answers now.
+    """A row a task, its score that of the end of the run, of an older version that when it was learned again.
 
     With `everything` also older versions and retired tasks, by task and version.
     """
     store, result = open_store(run), RunFolder(run).finished()
     last = dict(zip(result.tasks, result.R[-1], strict=True)) if result else {}
     manifest, digests = store.manifest, result.digests if result else {}
+    before = result.superseded if result else {}
+
+    def score(record: "TaskRecord") -> float | None:
+        return last.get(record.name) if digests.get(record.name) == record.parts else before.get(record.reference)
+
     records = store.tasks()
     if everything:
         names = list(dict.fromkeys(record.name for record in manifest.tasks))
@@ -50,7 +55,7 @@ def learned(run: Path, everything: bool = False) -> list[dict[str, Any]]:
             "kind": record.task.kind,
             "labels": list(record.task.labels or ()),
             "metric": record.task.metric,
-            "score": last.get(record.name) if digests.get(record.name) == record.parts else None,
+            "score": score(record),
             "bytes": store.bytes_of(record),
             "parts": dict(record.parts),
         }
