@@ -232,7 +232,8 @@ def test_predict(learned, moecl, refuses, tmp_path):
     run = learned / "run"
     plain = moecl("predict", run, "--task", "task1", stdin=b"warm tea\nsour day\n")
     rows = [json.loads(line) for line in plain.out.splitlines()]
-    assert [set(row) for row in rows] == [{"label", "scores"}] * 2
+    assert [list(row) for row in rows] == [["label", "scores", "task", "version"]] * 2
+    assert {(row["task"], row["version"]) for row in rows} == {("task1", 1)}
     assert set(rows[0]["scores"]) == {"good", "bad"}
     assert sum(rows[0]["scores"].values()) == pytest.approx(1, abs=1e-5)
     assert plain.err == ""

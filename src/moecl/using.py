@@ -93,19 +93,19 @@ def answers(
         rows = rows_from_lines(chain([first], lines), record.task, "stdin" if file is None else str(file))
         for chunk in chunks(rows, 1 if file is None and sys.stdin.isatty() else STEP):
             found = engine.predict(chunk, asked)
-            yield [answer(one, row.label, levels) for one, row in zip(found, chunk, strict=True)]
+            yield [answer(one, record, row.label, levels) for one, row in zip(found, chunk, strict=True)]
 
 
 def routed_answers(
     store: "Store", file: Path | None, device: str, expert_memory: str, thresholds: Path | None
 ) -> Iterator[list[dict[str, Any]]]:
     """The same where nobody says which task: lines also have the task that answered, and each task's probability."""
-    levels = {}
+    levels, records = {}, {one.name: one for one in store.tasks()}
     if thresholds is not None:
         known = Thresholds.load(thresholds)
         levels = {
-            one.name: known.of(one.name, one.task.labels or (), one.parts, thresholds)
-            for one in store.tasks()
+            name: known.of(name, one.task.labels or (), one.parts, thresholds)
+            for name, one in records.items()
             if one.task.kind == "classification"
         }
     with lines_of(file) as lines:
@@ -121,17 +121,20 @@ def routed_answers(
         rows = plain_rows(chain([first], lines), "stdin" if file is None else str(file))
         for chunk in chunks(rows, 1 if file is None and sys.stdin.isatty() else STEP):
             yield [
-                routed_answer(one, true_label(row, engine, one.task), levels.get(one.task or ""))
+                routed_answer(one, records, true_label(row, engine, one.task), levels.get(one.task or ""))
                 for one, (_, row) in zip(predict(engine, router, chunk), chunk, strict=True)
             ]
 
 
-def routed_answer(found: "Routed", true: str | None, levels: TaskThresholds | None) -> dict[str, Any]:
+def routed_answer(
+    found: "Routed", records: Mapping[str, "TaskRecord"], true: str | None, levels: TaskThresholds | None
+) -> dict[str, Any]:
     """A line of `moecl predict --task auto`; a row of no task is left to a human where there are thresholds."""
     route = {task: rounded(share) for task, share in found.shares.items()}
     if found.prediction is None:
-        return {"task": None, "label": None, "scores": {}, "route": route}
-    return {"task": found.task, **answer(found.prediction, true, levels), "route": route}
+        return {"label": None, "scores": {}, "task": None, "version": None, "route": route}
+    assert found.task is not None
+    return {**answer(found.prediction, records[found.task], true, levels), "route": route}
 
 
 def true_label(row: str | Mapping[str, Any], engine: "Engine", task: str | None) -> str | None:
@@ -157,10 +160,12 @@ def router_of(model: "MoECL", store: "Store") -> "Router":
     return router
 
 
-def answer(found: "Prediction", true: str | None, levels: TaskThresholds | None) -> dict[str, Any]:
-    """A line of `moecl predict`."""
+def answer(
+    found: "Prediction", record: "TaskRecord", true: str | None, levels: TaskThresholds | None
+) -> dict[str, Any]:
+    """A line of `moecl predict`: what answered is named as the server names it."""
     scores = {label: rounded(score) for label, score in found.scores.items()}
-    line: dict[str, Any] = {"label": found.label, "scores": scores}
+    line = {"label": found.label, "scores": scores, "task": record.name, "version": record.version}
     if levels is not None:
         line["decision"] = decide(levels, found.label, scores)
     return line if true is None else {**line, "true": true}

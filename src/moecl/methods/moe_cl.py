@@ -43,6 +43,7 @@ class MoECLMethod(Method):
         self.state = GatedLearner(geometry, config, seed)
         self.reads_features = self.state.adversary is not None
         self.keys: dict[str, Tensor] = {}  # of finished tasks
+        self._asked: dict[str, Tensor] = {}  # of tasks to come, whose rows stay the same from one row of R to the next
         self.key: Tensor | None = None  # of the one under way
 
     def rehearse(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
@@ -56,7 +57,9 @@ class MoECLMethod(Method):
     def starts(self, task: Task, rows: Sequence[Encoded], old: Mapping[str, Callable[[], Parts]]) -> dict[str, Parts]:
         if self.config.warm_start != "nearest" or task.head == "classifier" or not old:
             return {}
-        key = self._key(rows)
+        if task.name not in self._asked:
+            self._asked[task.name] = self._key(rows)
+        key = self._asked[task.name]
         near = {name: float(F.cosine_similarity(key, self.keys.get(name, -key), dim=0)) for name in old}
         names = sorted(near, key=near.__getitem__, reverse=True)[:STARTS]
         found = {name: self.state.like(old[name]()) for name in names}

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from moecl.config import AUTO
-from moecl.data.task import template
+from moecl.data.task import template, text_of_any
 from moecl.engine import MAX_LENGTH
-from moecl.errors import StoreError
+from moecl.errors import DataError, StoreError
 from moecl.generation import Completion, Piece, Sampling
 from moecl.request import Prediction, Request
 from moecl.review import REVIEW, decide, rounded
@@ -187,7 +187,11 @@ class Service:
             return [model] * len(rows), [None] * len(rows)
         if now.router is None:
             raise ApiError(404, "model: auto needs a router, which this store has not; name a task", param="model")
-        texts = [row if isinstance(row, str) else str(row.get("text", "")) for row in rows]
+        tasks = [record.task for record in now.store.tasks()]
+        try:
+            texts = [text_of_any(row, tasks, f"input {place + 1}") for place, row in enumerate(rows)]
+        except DataError as error:
+            raise from_ours(error) from error
         if not all(text.strip() for text in texts):
             raise ApiError(400, "input: auto reads texts that are not empty", param="input")
         routes = await self._done(Routing(now.router.route, texts))
