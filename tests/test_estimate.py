@@ -13,6 +13,7 @@ from moecl.data import derived
 from moecl.data.encode import Encoded
 from moecl.data.task import load_task_data
 from moecl.estimate import COPIES, kept_bytes, padded, passes, rows_tested, scratch_batch, survey
+from moecl.router import Features
 from moecl.train import ContinualTrainer
 from tiny_stream import write_stream
 
@@ -114,6 +115,15 @@ def test_survey_counts_what_a_run_then_takes(variant, tiny_folder, tmp_path):
     assert cost["peak_bytes"] == sum(memory.values())
     assert cost["training_seconds"] > 0
     assert cost["evaluation_seconds"] > 0
+
+
+@pytest.mark.parametrize("router", [True, False])
+def test_the_routers_reading_is_tried_where_there_is_a_router(router, tiny_folder, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(Features, "__call__", lambda features, texts: read.append(len(texts)))
+    path = write_stream(tmp_path / "data", tiny_folder, rows=16, router=router)
+    survey(load_stream(path, ["train.epochs=1"]), Watcher())
+    assert bool(read) == router
 
 
 def test_survey_tells_what_the_prefix_cache_takes(tiny_folder, tmp_path, monkeypatch):
