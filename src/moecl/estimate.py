@@ -33,7 +33,8 @@ from moecl.methods.base import Method
 from moecl.model import MoECL
 from moecl.prefix import Prefixes
 from moecl.router import MOST_ROWS, Features, Statistics
-from moecl.session import asked_for, attach, attach_method, resolve, texts
+from moecl.session import asked_for, texts
+from moecl.settled import attach, attach_method, resolve
 from moecl.store import encode
 from moecl.task_trainer import Learner
 

@@ -3,17 +3,15 @@
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from moecl._sizes import EXPERT_MEMORY
-from moecl.backbone import Backbone, load_backbone, resolve_device, resolve_precision
+from moecl.backbone import load_backbone
 from moecl.bank import Entry, check_same_base, fitting
 from moecl.config import StreamConfig, Task, TaskConfig
 from moecl.course import Course, Progress, Scored, Watcher
@@ -25,21 +23,17 @@ from moecl.engine import Engine
 from moecl.errors import ConfigError, DataError, RunError
 from moecl.evaluate import Answers, answer_task, prompts
 from moecl.evidence import Evidence
-from moecl.method_config import MoECLConfig
-from moecl.methods import make_method
 from moecl.methods.base import Finished, Method
-from moecl.model import MoECL
 from moecl.prefix import prefixes
 from moecl.results import Items, Result, SplitInfo
 from moecl.router import STATE, KeptFeatures, Statistics
 from moecl.run_folder import RunFolder
+from moecl.settled import attach, attach_method, resolve, trackers
 from moecl.start import Start, Starts
 from moecl.store import Store, TaskRecord
 from moecl.task_trainer import Learned, learn_task
 
 PACKAGES = ("moecl", "torch", "transformers", "accelerate", "safetensors", "numpy")
-EVAL_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
-OTHER_BATCH_TOKENS = 8192
 
 
 class Session:
@@ -400,62 +394,3 @@ def details(learned: Learned) -> dict[str, Any]:
         "trained_parameters": learned.trained_parameters,
         **learned.figures,
     }
-
-
-def trackers(names: Sequence[str], watcher: Watcher) -> list[Callable[[RunFolder, str], TrainerCallback]]:
-    """Makers of the callbacks that report a task's training. Raises ConfigError for a tracker that is not there."""
-    from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
-
-    def tensorboard(folder: RunFolder, task: str) -> TrainerCallback:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return TensorBoardCallback(SummaryWriter(str(folder.tensorboard / task)))  # type: ignore[no-untyped-call]
-
-    found: list[Callable[[RunFolder, str], TrainerCallback]] = []
-    if "tensorboard" in names:
-        if find_spec("tensorboard"):
-            found.append(tensorboard)
-        else:
-            watcher.note("no TensorBoard: it is not installed (pip install 'moecl[tensorboard]')")
-    try:
-        others = [name for name in names if name != "tensorboard"]
-        types = get_reporting_integration_callbacks(others)  # type: ignore[no-untyped-call]
-        for type_ in types:
-            type_()  # refuses where its package is missing
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"train.report_to: {error}; correct it, or install what it needs") from error
-    return [*found, *(lambda folder, task, type_=type_: type_() for type_ in types)]
-
-
-def attach(backbone: Backbone, config: StreamConfig) -> tuple[MoECL, Method]:
-    method = config.method
-    settings = (
-        method
-        if isinstance(method, MoECLConfig)
-        else MoECLConfig(adapt_layers=method.adapt_layers, dropout=getattr(method, "dropout", 0.0))
-    )
-    model = MoECL(backbone, settings, config.train.seed)
-    return model, attach_method(model, config)
-
-
-def attach_method(model: MoECL, config: StreamConfig) -> Method:
-    method = make_method(config.method, model.geometry, config.train.seed, model.injected)
-    method.state.to(model.device)
-    return method
-
-
-def resolve(config: StreamConfig, watcher: Watcher) -> StreamConfig:
-    """Settle what is left to the machine, once: a run that goes on elsewhere keeps to it."""
-    train = config.train
-    device = resolve_device(train.device)
-    precision, why = resolve_precision(train.precision, device)
-    if train.precision == "auto":
-        watcher.note(f"precision {precision}: {why}")
-    settled = {
-        "device": device,
-        "precision": precision,
-        "threads": train.threads or torch.get_num_threads(),
-        "eval_batch_tokens": train.eval_batch_tokens
-        or EVAL_BATCH_TOKENS.get(device.partition(":")[0], OTHER_BATCH_TOKENS),
-    }
-    return config.model_copy(update={"train": train.model_copy(update=settled)})

@@ -11,7 +11,8 @@ from moecl.errors import ConfigError, DataError, RunError, TaskError, TrainingEr
 from moecl.evidence import without_row
 from moecl.results import Result
 from moecl.run_folder import RunFolder
-from moecl.session import Session, attach, attach_method, resolve
+from moecl.session import Session
+from moecl.settled import attach, attach_method, resolve
 from moecl.store import Store
 
 __all__ = ["ContinualTrainer", "Watcher", "attach", "attach_method", "learn", "resolve"]
