@@ -54,6 +54,17 @@ def test_the_file_is_as_the_design_has_it(tmp_path: Path) -> None:
     assert data["details"]["tweets"] == {"validation": [[16, 0.8], [32, None]], "steps": 32}
 
 
+def test_as_markdown() -> None:
+    assert a_result().markdown().splitlines()[-4:] == [
+        "|---|---|---|",
+        "| (before any) | 0.500 | 0.500 |",
+        "| tweets | 0.900 | - |",
+        "| amazon | 0.900 | 0.333 |",
+    ]
+    many = [f"task{number}" for number in range(26)]
+    assert "|" not in Result(method="m", seed=0, tasks=many, R=[[None] * 26] * 27, seconds=1).markdown()
+
+
 def test_not_a_number_is_never_written(tmp_path: Path) -> None:
     changes = {"metrics": {"bwt": NAN}, "environment": {"a": [NAN, {"b": float("inf")}]}}
     a_result(**changes).save(tmp_path / "r.json")

@@ -17,6 +17,7 @@ from moecl._yaml import dotted
 from moecl.errors import RunError
 
 SCHEMA: Final = 1
+MOST_SHOWN = 25  # tasks: a larger R is no table to read, and larger than all else of a model card
 
 
 def _plain(value: Any) -> Any:
@@ -119,24 +120,22 @@ class Result(BaseModel):
         atomic_write(Path(path), f"{{\n{text}\n}}\n".encode())
 
     def markdown(self) -> str:
-        """R as a table, and the numbers computed from it, for a model card."""
+        """The numbers computed from R, and R as a table where it has at most MOST_SHOWN tasks, for a model card."""
 
         def shown(value: float | None) -> str:
             return "-" if value is None else f"{value:.3f}"
 
-        rows = zip(("(before any)", *self.tasks), self.R, strict=True)
         numbers = ", ".join(f"{name.replace('_', ' ')} {shown(value)}" for name, value in self.metrics.items())
-        return "\n".join(
-            [
-                f"Learned by {self.method}, seed {self.seed}. A row a task learned, a column a task tested:",
-                "",
-                f"| after | {' | '.join(self.tasks)} |",
-                f"|---|{'---|' * len(self.tasks)}",
-                *(f"| {after} | {' | '.join(map(shown, row))} |" for after, row in rows),
-                "",
-                f"{numbers}.",
-            ]
-        )
+        told = f"Learned by {self.method}, seed {self.seed}: {numbers}."
+        if len(self.tasks) > MOST_SHOWN:
+            return told
+        rows = zip(("(before any)", *self.tasks), self.R, strict=True)
+        table = [
+            f"| after | {' | '.join(self.tasks)} |",
+            f"|---|{'---|' * len(self.tasks)}",
+            *(f"| {after} | {' | '.join(map(shown, row))} |" for after, row in rows),
+        ]
+        return "\n".join([told, "", "A row a task learned, a column a task tested:", "", *table])
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
