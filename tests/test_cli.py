@@ -250,6 +250,9 @@ def test_predict(learned, moecl, refuses, tmp_path):
     )
     assert "no task '" in refuses("predict", run, "--task", learned / "new.yaml")
     assert "give a file of JSONL rows or plain lines" in refuses("predict", run, "no.txt", "--task", "task1")
+    assert "rows.csv: a table, and lines are read; make it JSONL" in refuses(
+        "predict", run, "rows.csv", "--task", "task1"
+    )
     assert "give a file of JSONL rows or plain lines" in refuses("predict", run, tmp_path, "--task", "task1")
 
 

@@ -48,12 +48,13 @@ def test_from_one_version_to_another(moecl, refuses, run):
     assert all(row["score"] is not None for row in listed(moecl, run))
     assert moecl("promote", run, "task0@1").out == "task0@prod is now task0@1\n"
     [old, new, other] = listed(moecl, run, "--all")
-    assert (old["version"], old["aliases"], old["current"], old["score"]) == (1, ["prod"], False, None)
+    assert (old["version"], old["aliases"], old["current"]) == (1, ["prod"], False)
+    assert old["score"] is not None, "that of when it was learned again"
     assert (new["version"], new["aliases"], new["current"]) == (2, [], True)
     assert old["bytes"] == new["bytes"] == other["bytes"]
     shown = moecl("tasks", run, "--all").out.splitlines()
     assert shown[1].startswith("task0, version 1, @prod")
-    assert shown[2].startswith("task0, version 2")
+    assert shown[2].startswith("task0, version 2, current")
     assert shown[3].startswith("task1 ")
 
     def answered(name):
@@ -65,10 +66,16 @@ def test_from_one_version_to_another(moecl, refuses, run):
     assert answered("task0@2") == second
     assert moecl("rollback", run, "task0").out == "task0 is now task0@1; it was task0@2\n"
     assert answered("task0") == first
-    assert [row["score"] is None for row in listed(moecl, run)] == [True, False], "the run's end scored version 2"
+    assert {row["task"]: row["score"] for row in listed(moecl, run)}["task0"] == old["score"]
+    reviewed = moecl("review", run)
+    assert "task0: version 1 answers, which was not tested last" in " ".join((reviewed.out + reviewed.err).split())
+    gate = moecl("compare", run, run)
+    assert gate.status == 3
+    assert "version 1 answers, which was not tested last in NEW" in " ".join(gate.out.split())
     assert refuses("rollback", run, "task0") == "task 'task0' has no version older than its current one, 1"
     assert moecl("rollback", run, "task0", "--to", 2).out == "task0 is now task0@2; it was task0@1\n"
     assert answered("task0") == second
+    assert "an alias is a task's, not a version's; give task0 alone" in refuses("promote", run, "task0@1", "--remove")
     assert moecl("promote", run, "task0", "--as", "prod", "--remove").out == "task0@prod is no more\n"
     assert "has no alias 'prod'" in refuses("predict", run, "--task", "task0@prod", stdin=b"x\n")
 

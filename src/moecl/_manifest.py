@@ -172,8 +172,8 @@ class Manifest(_Strict):
         aliases = self.aliases.get(name, {})
         if reference.alias not in aliases:
             raise TaskError(
-                f"task {name!r} has no alias {reference.alias!r}; its aliases are: {', '.join(aliases) or 'none yet'}"
-                f"{near(reference.alias, aliases)}"
+                f"task {name!r} has no alias {reference.alias!r}; its aliases are: "
+                f"{', '.join(aliases) or 'none yet, `moecl promote` makes one'}{near(reference.alias, aliases)}"
             )
         return versions[aliases[reference.alias]]
 

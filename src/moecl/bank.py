@@ -20,11 +20,11 @@ from moecl.config import Task
 from moecl.errors import BaseError, StoreError, TaskError, near
 from moecl.method_config import MoECLConfig
 from moecl.nn.call import Parts
-from moecl.nn.forms import FORMS, from_tensors, to_tensors
+from moecl.nn.forms import FORMS, from_tensors
 from moecl.nn.fused import Packed
-from moecl.nn.lora import Expert, Gate, Geometry
+from moecl.nn.lora import Geometry
 from moecl.nn.moe_ffn import Gated
-from moecl.store import BaseInfo, Manifest, Store, TaskRecord, encode
+from moecl.store import BaseInfo, Manifest, Store, TaskRecord
 
 OURS = MoECLConfig.model_fields["name"].default
 Key = tuple[str, ...]  # what an object is read as, and its digest
@@ -123,7 +123,6 @@ class Bank(MutableMapping[str, Entry]):
         self.moving: Mapping[str, nn.Module] = {}
         self._entries: dict[str, Entry] = {}
         self._versions: dict[str, Entry] = {}  # those that were asked for
-        self._expected: dict[tuple[Any, int], dict[str, int]] = {}
         self._store: Store | None = None
         self._manifest: Manifest | None = None
         self._like = torch.empty(0, device=device)  # where loaded parts go, and in which dtype
@@ -173,8 +172,7 @@ class Bank(MutableMapping[str, Entry]):
     def take(self, store: Store, records: Iterable[TaskRecord] | None = None) -> None:
         """Put a store's tasks in (these; or all, and none that it has no more).
 
-        Raises StoreError for what can be seen without reading the objects. An object whose size is not the expected one
-        is read at once, to tell what is wrong with it.
+        Raises StoreError for what can be seen without the objects: a damaged one fails its tasks when they are used.
         """
         if records is None:
             records = store.tasks()
@@ -189,12 +187,7 @@ class Bank(MutableMapping[str, Entry]):
     def _entry(self, store: Store, record: TaskRecord, name: str) -> Entry:
         if (form := FORMS.get(record.form)) is None:
             raise StoreError(f"{store.path}: task {record.name!r} has the form {record.form!r}; upgrade moecl")
-        labels = len(record.task.labels or ()) if record.task.head == "classifier" else 0
-        expected = self._sizes(record.settings.get("rank"), labels)
-        for part, digest in record.parts.items():
-            if store.size(digest) != expected.get(part.partition("-")[0], store.size(digest)):
-                self._part(store, record, part)
-        wanted = {*form.needs, *(["head"] if labels else [])}
+        wanted = {*form.needs, *(["head"] if record.task.head == "classifier" else [])}
         scaled = form is FORMS["weights"] or isinstance(record.settings.get("scale"), int | float)
         if {part for part in record.parts if not part.startswith("lora-")} != wanted or not scaled:
             raise StoreError(
@@ -208,11 +201,6 @@ class Bank(MutableMapping[str, Entry]):
             return None
         made_of = {"form": record.form, "settings": record.settings, "parts": record.parts}
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-
-    def _sizes(self, rank: Any, labels: int) -> dict[str, int]:
-        if (rank, labels) not in self._expected:
-            self._expected[rank, labels] = object_sizes(self.geometry, rank, labels)
-        return self._expected[rank, labels]
 
     def emptied(self) -> "Bank":
         """A bank without tasks, for another version of the same store: what is loaded is loaded for both."""
@@ -258,17 +246,6 @@ def size(part: nn.Module | Packs) -> int:
     if isinstance(part, Packs):
         return part.bytes
     return sum(tensor.numel() * tensor.element_size() for tensor in part.parameters())
-
-
-def object_sizes(geometry: Geometry, rank: Any, labels: int) -> dict[str, int]:
-    """Bytes of a task's objects, by part (that of `lora-2` is `lora`); of an expert only where the rank is known."""
-    head = nn.Linear(geometry.hidden_size, labels, bias=False) if labels else None
-    expert = Expert(geometry, rank if isinstance(rank, int) else 1)
-    sizes = {
-        part: len(encode(found)) for part, found in to_tensors(Gated(expert, expert, Gate(geometry), 1.0, head)).items()
-    }
-    sizes["lora"] = sizes["task"]
-    return {part: size for part, size in sizes.items() if part in ("gate", "head") or isinstance(rank, int)}
 
 
 def find(bank: Mapping[str, Entry], name: str) -> Entry:

@@ -5,6 +5,7 @@ JSON has no NaN: what was not measured is null, in R and everywhere else.
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -118,6 +119,12 @@ class Result(BaseModel):
         written["R"] = "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in self.R) + "\n]"
         text = ",\n".join(f"{json.dumps(key)}: {written[key]}" for key in fields)
         atomic_write(Path(path), f"{{\n{text}\n}}\n".encode())
+
+    def score_of(self, name: str, version: int, parts: Mapping[str, str]) -> float | None:
+        """What a version scored: after the last task where R is about it, else before it was learned again."""
+        if self.digests.get(name) == dict(parts):
+            return self.R[-1][self.tasks.index(name)]
+        return self.superseded.get(f"{name}@{version}")
 
     def markdown(self) -> str:
         """The numbers computed from R, and R as a table where it has at most MOST_SHOWN tasks, for a model card."""

@@ -15,7 +15,13 @@ def show_tasks(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     table = plain_table("task", "labels", "metric", score="right", size="right", sha256="left")
     for row in rows:
         version = [f"version {row['version']}"] if row["versions"] > 1 or row["version"] > 1 else []
-        marks = [*version, *(f"@{alias}" for alias in row["aliases"]), *(["retired"] if row["retired"] else [])]
+        current = ["current"] if row["current"] and row["versions"] > 1 else []
+        marks = [
+            *version,
+            *current,
+            *(f"@{alias}" for alias in row["aliases"]),
+            *(["retired"] if row["retired"] else []),
+        ]
         labels = summed([*row["labels"]], "labels") if row["labels"] else "-"
         digest = row["parts"].get("task", next(iter(row["parts"].values())))[:12]
         taken = "missing" if row["bytes"] is None else size(row["bytes"])

@@ -1,6 +1,7 @@
 """A stream learned task by task: a stream or a new task in, a run folder with a store and a result out."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from moecl._sizes import EXPERT_MEMORY, parse_size
@@ -89,7 +90,7 @@ def learn(
             run.undo_reopen()
         config, result = run.config(), run.finished()
         assert result is not None
-        progress = reopened(result, task.name)
+        progress = reopened(result, task.name, rolled_back(run, result))
         if replace:
             progress.versions[task.name] = known_version(run, result.tasks, task.name) + 1
             progress.superseded |= last_score(run, result, task.name)
@@ -149,9 +150,21 @@ def last_score(run: RunFolder, result: Result, name: str) -> dict[str, float | N
     return {record.reference: score for record in versions if dict(record.parts) == parts}
 
 
-def reopened(result: Result, name: str) -> Progress:
-    """The progress of a finished run that has `name` still to learn: without its old row and column, if any."""
+def rolled_back(run: RunFolder, result: Result) -> list[str]:
+    """Tasks that another version answers for than the one that R is about."""
+    now = {record.name: dict(record.parts) for record in Store.open(run.store).tasks()}
+    return [name for name in result.tasks if now.get(name, result.digests.get(name)) != result.digests.get(name)]
+
+
+def reopened(result: Result, name: str, changed: Sequence[str] = ()) -> Progress:
+    """The progress of a finished run that has `name` still to learn: without its old row and column, if any.
+
+    Without what tasks scored that another version answers for now (`changed`): R never mixes two.
+    """
     R = [list(row) for row in result.R]
+    for place in map(result.tasks.index, changed):
+        for row in R[place + 1 :]:
+            row[place] = None
     data = {task: {split: info.model_dump() for split, info in found.items()} for task, found in result.data.items()}
     kept = {task: dict(found) for task, found in result.details.items() if task != name}
     if name in result.tasks:

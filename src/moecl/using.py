@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from moecl.engine import Engine, Prediction
     from moecl.export import Parity
     from moecl.model import MoECL
+    from moecl.results import Result
     from moecl.routed import Routed
     from moecl.router import Router
     from moecl.routing import Routing
     from moecl.store import Store, TaskRecord
 
+TABLES = (".csv", ".tsv", ".json", ".parquet", ".gz")  # formats of rows that a stream may have
 STEP = 64  # rows that are answered at once
 
 
@@ -33,13 +35,7 @@ def learned(run: Path, everything: bool = False) -> list[dict[str, Any]]:
     With `everything` also older versions and retired tasks, by task and version.
     """
     store, result = open_store(run), RunFolder(run).finished()
-    last = dict(zip(result.tasks, result.R[-1], strict=True)) if result else {}
-    manifest, digests = store.manifest, result.digests if result else {}
-    before = result.superseded if result else {}
-
-    def score(record: "TaskRecord") -> float | None:
-        return last.get(record.name) if digests.get(record.name) == record.parts else before.get(record.reference)
-
+    manifest = store.manifest
     records = store.tasks()
     if everything:
         names = list(dict.fromkeys(record.name for record in manifest.tasks))
@@ -55,12 +51,28 @@ def learned(run: Path, everything: bool = False) -> list[dict[str, Any]]:
             "kind": record.task.kind,
             "labels": list(record.task.labels or ()),
             "metric": record.task.metric,
-            "score": score(record),
+            "score": result.score_of(record.name, record.version, record.parts) if result else None,
             "bytes": store.bytes_of(record),
             "parts": dict(record.parts),
         }
         for record in records
     ]
+
+
+def not_as_tested(run: Path, result: "Result | None" = None) -> dict[str, str]:
+    """Task -> why it does not answer as the result of a run says; nothing where the run has no store."""
+    if not (run / "store").is_dir() or (result := result or RunFolder(run).finished()) is None:
+        return {}
+    manifest, found = open_store(run).manifest, {}
+    current = {record.name: record for record in manifest.current()}
+    for name in result.tasks:
+        if name in manifest.retired:
+            found[name] = "retired"
+        elif name not in current:
+            found[name] = "deleted"
+        elif result.digests.get(name, current[name].parts) != current[name].parts:
+            found[name] = f"version {current[name].version} answers, which was not tested last"
+    return found
 
 
 def answers(
@@ -312,6 +324,8 @@ def lines_of(file: Path | None) -> Iterator[Iterator[bytes]]:
     if file is None:
         yield iter(sys.stdin.buffer)
         return
+    if file.suffix in TABLES:
+        raise DataError(f"{file}: a table, and lines are read; make it JSONL, a row a line, with the columns as keys")
     try:
         opened = file.open("rb")
     except OSError as error:

@@ -221,6 +221,14 @@ def test_thresholds_of_another_version_decide_nothing(tmp_path, store, tiny_fold
         assert {one["decision"] for one in server.classify("mood", ["love", "bad", "x", "tea"])} == {"review"}
 
 
+def test_an_older_version_is_not_decided_by_the_current_ones_thresholds(tmp_path, store, tiny_folder):
+    relearn(store, tiny_folder, "mood", 5)
+    path = thresholds(tmp_path, store, 0.0)
+    with live(store, thresholds=path) as server:
+        assert any(one["decision"] == "good" for one in server.classify("mood", ["love", "bad", "x", "tea"]))
+        assert {one["decision"] for one in server.classify("mood@1", ["love", "bad", "x", "tea"])} == {"review"}
+
+
 def test_thresholds_that_do_not_fit_at_the_start_are_an_error(tmp_path, store, tiny_folder, capsys):
     from moecl.cli import main
 

@@ -27,7 +27,7 @@ class Snapshot:
 
     store: Store
     engine: Engine
-    levels: dict[str, TaskThresholds] | None  # None without a thresholds file; a task that it does not fit has none
+    levels: dict[str, TaskThresholds] | None  # NAME@VERSION -> its own; None without a thresholds file
     result: Result | None
     router: Router | None
     created: int
@@ -42,19 +42,18 @@ class Snapshot:
 
     def run(self) -> Run:
         result = self.result
-        scores = {} if result is None else dict(zip(result.tasks, result.R[-1], strict=True))
         return Run(
             base=self.store.manifest.base.id,
             auto=self.router is not None,
             thresholds=self.levels is not None,
-            tasks=[self._info(record, scores.get(record.name)) for record in self.store.tasks()],
+            tasks=[self._info(record) for record in self.store.tasks()],
             R=None if result is None else result.R,
             R_tasks=[] if result is None else result.tasks,
             metrics={} if result is None else result.metrics,
         )
 
-    def _info(self, record: TaskRecord, score: float | None) -> TaskInfo:
-        task = record.task
+    def _info(self, record: TaskRecord) -> TaskInfo:
+        task, result = record.task, self.result
         return TaskInfo(
             name=record.name,
             version=record.version,
@@ -63,7 +62,7 @@ class Snapshot:
             labels=list(task.labels or ()),
             fields=list(dict.fromkeys(template(task.instruction).names)),
             metric=task.metric,
-            score=score,
+            score=None if result is None else result.score_of(record.name, record.version, record.parts),
             expert=expert(record),
             parts=record.parts,
         )
@@ -110,7 +109,7 @@ class Library:
             if record.task.kind != "classification" or (strict and record.name not in known.tasks):
                 continue
             try:
-                found[record.name] = known.of(record.name, record.task.labels or (), record.parts, path)
+                found[record.reference] = known.of(record.name, record.task.labels or (), record.parts, path)
             except MoECLError as error:
                 if strict:
                     raise

@@ -263,7 +263,7 @@ def classified(
             index=index, label=None, scores={}, decision=undecided, task=None, version=None, expert=None, tasks=shares
         )
     scores = {label: rounded(share) for label, share in found.scores.items()}
-    levels = (now.levels or {}).get(record.name)
+    levels = (now.levels or {}).get(record.reference)
     return Classified(
         index=index,
         label=found.label,

@@ -1,11 +1,14 @@
 """What `moecl serve` was asked for."""
 
+import re
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
 from moecl._sizes import KV_MEMORY
 from moecl.errors import ConfigError
+
+ORIGIN = re.compile(r"https?://[^/\s@]+")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,9 @@ class Settings:
         for option, (fine, value, wanted) in checks.items():
             if not fine:
                 raise ConfigError(f"{option}: {value} is out of range; give {wanted}")
+        for origin in self.origins:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ConfigError(f"--cors: {origin!r:.100} is no origin; give one as https://a.example, or *")
         if not self.loopback and not self.keys:
             raise ConfigError(
                 f"--host {self.host}: others can reach it; give --api-key FILE or MOECL_API_KEYS, or leave --host out"
