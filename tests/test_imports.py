@@ -34,6 +34,7 @@ BOTTOM = {
     "routing",
     "run_folder",
     "stats",
+    "_scores",
     "_atomic",
     "_explain",
     "_raw",

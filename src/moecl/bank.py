@@ -22,7 +22,7 @@ from moecl.nn.forms import FORMS, from_tensors, to_tensors
 from moecl.nn.fused import Packed
 from moecl.nn.lora import Expert, Gate, Geometry
 from moecl.nn.moe_ffn import Gated
-from moecl.store import BaseInfo, Manifest, Store, TaskRecord, encode
+from moecl.store import ROUTER, BaseInfo, Manifest, Store, TaskRecord, encode
 
 OURS = MoECLConfig.model_fields["name"].default
 Key = tuple[str, ...]  # what an object is read as, and its digest
@@ -132,6 +132,11 @@ class Bank(MutableMapping[str, Entry]):
         """Raises TaskError where the store tells better than a list of tasks why there is no `name`."""
         if "@" in name or (self._manifest is not None and name in self._manifest.retired):
             self.named(name)
+
+    @property
+    def source(self) -> tuple[Store, Manifest] | None:
+        """The store whose tasks were taken, and its manifest as it was then."""
+        return None if self._store is None or self._manifest is None else (self._store, self._manifest)
 
     def named(self, name: str) -> TaskRecord:
         """The record that `name` names in the store whose tasks were taken. Raises TaskError."""
@@ -264,6 +269,16 @@ def settings_of(store: Store) -> tuple[MoECLConfig, int]:
     ours = MoECLConfig.model_fields if known.get("method") in (None, OURS) else ("adapt_layers",)
     fields: Any = {name: known[name] for name in ours if name in known}
     return MoECLConfig(**fields), int(known.get("seed", 0))  # type: ignore[arg-type]
+
+
+def carried(store: Store, training: Iterable[str]) -> list[str]:
+    """Which of a store's state for further learning goes with a copy: MoE-CL's, and the router's statistics.
+
+    That of other methods serves `moecl learn` in its run alone, and may hold rows (replay's).
+    """
+    records = store.manifest.tasks
+    ours = not records or records[-1].settings.get("method") in (None, OURS)
+    return [name for name in training if ours or name == ROUTER]
 
 
 def check_same_base(store: Store, found: BaseInfo) -> None:

@@ -23,9 +23,8 @@ from moecl.discriminant import Calibration, Discriminant, Drawn, Moments, Whiten
 from moecl.errors import BaseError, StoreError
 from moecl.model import MoECL
 from moecl.prefix import each_alone, space
-from moecl.store import Store, TaskRecord
+from moecl.store import ROUTER, Store, TaskRecord
 
-STATE = "router"  # what a store's state for further learning calls it
 TOKENS = 128  # of a text, from its start, that are read
 MOST_ROWS = 2000  # of a split that the statistics are taken of
 FALSE_ACCEPT = 0.1
@@ -154,11 +153,17 @@ class Router:
         self.calibration = self._calibrate(statistics.false_accept)
 
     @classmethod
-    def load(cls, model: MoECL, store: Store) -> "Router | None":
+    def load(cls, model: MoECL, store: Store | None = None) -> "Router | None":
         """The router of the tasks that `store` has, over its base `model`; None where it has no statistics.
+
+        `store` is by default that which the model was loaded from.
 
         Raises StoreError where these are damaged or of another base.
         """
+        if store is None:
+            if model.bank.source is None:
+                return None
+            store, _ = model.bank.source
         statistics = read(store)
         if statistics is None or not (tasks := statistics.known(store.tasks())):
             return None
@@ -217,7 +222,7 @@ class Router:
 
 def read(store: Store) -> Statistics | None:
     """A store's statistics, where it has any. Raises StoreError."""
-    tensors = store.training(STATE).get(STATE)
+    tensors = store.training(ROUTER).get(ROUTER)
     if tensors is None:
         return None
     with fitting(f"{store.path}: its router statistics"):

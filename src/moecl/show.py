@@ -9,16 +9,9 @@ from rich.table import Table
 from rich.text import Text
 
 from moecl._sizes import duration, size
+from moecl.metrics import NAMES, SIGNED
 from moecl.results import Result
 
-METRICS = {
-    "average_accuracy": "average accuracy",
-    "bwt": "backward transfer",
-    "fwt": "forward transfer",
-    "forgetting": "forgetting",
-    "learning_accuracy": "learning accuracy",
-}
-SIGNED = ("bwt", "fwt")
 MANY = 6  # classes, more than which are summed up
 WIDEST = 24  # characters of a row's name beside numbered columns
 
@@ -28,7 +21,7 @@ def show_result(console: Console, result: Result, folder: str) -> None:
     console.print("R: score on each task (column) after each task learned (row)")
     for table in score_tables(result, console.width):
         console.print(table)
-    for key, name in METRICS.items():
+    for key, name in NAMES.items():
         value = result.metrics.get(key)
         say(console, f"{name:18} {'-' if value is None else f'{value:+.3f}' if key in SIGNED else f'{value:.3f}'}")
     again = f", started {result.resumed + 1} times" if result.resumed else ""

@@ -97,6 +97,7 @@ def learn(
         fields = {name: getattr(config, name) for name in StreamConfig.model_fields}
         extended = StreamConfig(**{**fields, "tasks": tasks})
         load_task_data(task)  # a fault in the new data must not reopen the run
+        Store.open(run.store).keep_scores(result)  # of a task that is replaced the row is taken out of R
         run.reopen(extended, vars(progress), result)
         return learn_newest(run, extended, watcher, memory, resumed=False)
 
