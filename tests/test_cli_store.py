@@ -49,11 +49,17 @@ def test_from_one_version_to_another(moecl, refuses, run):
     assert moecl("promote", run, "task0@1").out == "task0@prod is now task0@1\n"
     [old, new, other] = listed(moecl, run, "--all")
     assert (old["version"], old["aliases"], old["current"], old["score"]) == (1, ["prod"], False, None)
+    assert [old["learned"], new["learned"], other["learned"]] == [
+        Store.open(run / "store").scores().score(name, version)
+        for name, version in (("task0", 1), ("task0", 2), ("task1", 1))
+    ]
+    assert old["learned"] is not None
+    assert (new["learned"], other["learned"]) == (new["score"], other["score"]), "exact"
     assert (new["version"], new["aliases"], new["current"]) == (2, [], True)
     assert old["bytes"] == new["bytes"] == other["bytes"]
     shown = moecl("tasks", run, "--all").out.splitlines()
-    assert shown[1].startswith("task0, version 1, @prod")
-    assert shown[2].startswith("task0, version 2")
+    assert shown[1].startswith("task0@1, @prod")
+    assert shown[2].startswith("task0@2")
     assert shown[3].startswith("task1 ")
 
     def answered(name):
@@ -71,6 +77,23 @@ def test_from_one_version_to_another(moecl, refuses, run):
     assert answered("task0") == second
     assert moecl("promote", run, "task0", "--as", "prod", "--remove").out == "task0@prod is no more\n"
     assert "has no alias 'prod'" in refuses("predict", run, "--task", "task0@prod", stdin=b"x\n")
+
+
+def test_scores_of_a_run_made_before_they_were_kept(moecl, run, learned):
+    """The newest versions' are those of result.json; those of a task that is then replaced are kept."""
+    before = listed(moecl, learned)
+    (run / "store" / "scores.json").unlink()
+    assert listed(moecl, run) == before
+    assert [row["learned"] is None for row in listed(moecl, run, "--all")] == [True, False, False]
+    assert moecl("learn", run, "--task", learned.parent / "again.yaml", "--replace").status == 0
+    assert [row["learned"] is None for row in listed(moecl, run, "--all")] == [True, False, False, False]
+
+
+def test_scores_of_a_store_alone(moecl, run, tmp_path):
+    shutil.copytree(run / "store", tmp_path / "store")
+    rows = listed(moecl, tmp_path / "store", "--all")
+    assert [row["learned"] is None for row in rows] == [False] * 3
+    assert [row["score"] for row in rows] == [None] * 3
 
 
 def test_scores_by_version(moecl, run):

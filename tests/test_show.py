@@ -60,15 +60,15 @@ def test_many_tasks_are_numbered(count, length):
 
 def test_tasks():
     state = {"version": 1, "versions": 1, "current": True, "retired": False, "aliases": []}
-    row = {**state, "kind": "classification", "metric": "exact_match", "score": None, "bytes": 4.9e6}
+    row = {**state, "kind": "classification", "metric": "exact_match", "learned": 0.5, "score": None, "bytes": 4.9e6}
     rows = [
         {**row, "task": "news", "labels": ["World", "Sports"], "parts": {"task": "0123456789abcdef" * 4}},
         {**row, "task": LONG, "version": 2, "labels": list("abcdefgh"), "parts": {"weights": "f" * 64}},
     ]
     lines = shown(show_tasks, rows)
-    assert lines[1].split() == ["news", "World,", "Sports", "exact_match", "-", "4.9", "MB", "0123456789ab"]
+    assert lines[1].split() == ["news", "World,", "Sports", "exact_match", "0.500", "-", "4.9", "MB", "0123456789ab"]
     rest = "".join(line.split("  ")[0] for line in lines[2:])
-    assert rest.replace(" ", "") == f"{LONG},version2"
+    assert rest.replace(" ", "") == f"{LONG}@2"
     assert lines[2].split()[-1] == "f" * 12
     assert "8 labels" in lines[2]
 

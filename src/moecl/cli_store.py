@@ -37,7 +37,8 @@ def tasks(
 ) -> None:
     """List what a run has learned.
 
-    The score is that of the end of the run, and a sha256 that of the task's own expert.
+    `learned` is a version's score when it was learned, `score` that at the end of the run, where it was tested then.
+    A sha256 is that of the task's own expert.
     """
     from moecl.show_store import show_tasks
     from moecl.using import learned

@@ -28,13 +28,14 @@ STEP = 64  # rows that are answered at once
 
 
 def learned(run: Path, everything: bool = False) -> list[dict[str, Any]]:
-    """A row a task, its score that of the end of the run, where that is the version that answers now.
+    """A row a task: what it scored when it was learned, and at the end of the run, where that is the version that
+    answers now.
 
     With `everything` also older versions and retired tasks, by task and version.
     """
     store, result = open_store(run), RunFolder(run).finished()
     last = dict(zip(result.tasks, result.R[-1], strict=True)) if result else {}
-    manifest, digests = store.manifest, result.digests if result else {}
+    manifest, digests, kept = store.manifest, result.digests if result else {}, store.scores()
     records = store.tasks()
     if everything:
         names = list(dict.fromkeys(record.name for record in manifest.tasks))
@@ -50,6 +51,7 @@ def learned(run: Path, everything: bool = False) -> list[dict[str, Any]]:
             "kind": record.task.kind,
             "labels": list(record.task.labels or ()),
             "metric": record.task.metric,
+            "learned": None if kept is None else kept.score(record.name, record.version),
             "score": last.get(record.name) if digests.get(record.name) == record.parts else None,
             "bytes": store.bytes_of(record),
             "parts": dict(record.parts),
