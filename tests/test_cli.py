@@ -208,7 +208,7 @@ def test_learn_and_replace(learned, own, moecl, refuses):
         "learn", own, "--task", learned / "new.yaml"
     )
     assert moecl("learn", own, "--task", learned / "new.yaml", "--replace").status == 0
-    assert "new, version 2" in moecl("tasks", own).out
+    assert "new@2" in moecl("tasks", own).out
     assert "--task new: no such file; give a YAML file with the new task's keys" in refuses(
         "learn", own, "--task", "new"
     )
@@ -231,7 +231,9 @@ def test_predict(learned, moecl, refuses, tmp_path):
     run = learned / "run"
     plain = moecl("predict", run, "--task", "task1", stdin=b"warm tea\nsour day\n")
     rows = [json.loads(line) for line in plain.out.splitlines()]
-    assert [set(row) for row in rows] == [{"label", "scores"}] * 2
+    assert [set(row) for row in rows] == [{"task", "version", "expert", "label", "scores"}] * 2
+    digest = Store.open(run / "store").digests("task1")["task"]
+    assert {(row["task"], row["version"], row["expert"]) for row in rows} == {("task1", 1, digest)}
     assert set(rows[0]["scores"]) == {"good", "bad"}
     assert sum(rows[0]["scores"].values()) == pytest.approx(1, abs=1e-5)
     assert plain.err == ""

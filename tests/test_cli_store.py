@@ -69,6 +69,8 @@ def test_from_one_version_to_another(moecl, refuses, run):
     assert first != second
     assert answered("task0@prod") == first
     assert answered("task0@2") == second
+    assert [json.loads(one)["version"] for one in (first, second)] == [1, 2]
+    assert [json.loads(one)["expert"] for one in (first, second)] == [one["expert"] for one in (old, new)]
     assert moecl("rollback", run, "task0").out == "task0 is now task0@1; it was task0@2\n"
     assert answered("task0") == first
     assert [row["score"] is None for row in listed(moecl, run)] == [True, False], "the run's end scored version 2"

@@ -292,10 +292,11 @@ def test_predict_auto(learned, moecl, tmp_path):
     for row, one in zip(rows, found, strict=True):
         assert set(one["route"]) == {"task0", "task1", "task2"}
         if one["task"] is None:
-            assert (one["label"], one["scores"]) == (None, {})
+            assert (one["label"], one["scores"], one["version"], one["expert"]) == (None, {}, None, None)
         else:
             assert one["label"] == engine.predict([row["text"]], one["task"])[0].label
             assert one["true"] == "good"
+            assert (one["version"], one["expert"]) == (1, engine.bank.source[0].digests(one["task"])["task"])
     assert {one["task"] for one in found} >= {"task0", "task2"}
     plain = moecl("predict", run, "--task", "auto", stdin="".join(row["text"] + "\n" for row in rows))[1]
     assert [json.loads(line)["route"] for line in plain.splitlines()] == [one["route"] for one in found]

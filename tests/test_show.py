@@ -62,8 +62,8 @@ def test_tasks():
     state = {"version": 1, "versions": 1, "current": True, "retired": False, "aliases": []}
     row = {**state, "kind": "classification", "metric": "exact_match", "learned": 0.5, "score": None, "bytes": 4.9e6}
     rows = [
-        {**row, "task": "news", "labels": ["World", "Sports"], "parts": {"task": "0123456789abcdef" * 4}},
-        {**row, "task": LONG, "version": 2, "labels": list("abcdefgh"), "parts": {"weights": "f" * 64}},
+        {**row, "task": "news", "labels": ["World", "Sports"], "expert": "0123456789abcdef" * 4},
+        {**row, "task": LONG, "version": 2, "labels": list("abcdefgh"), "expert": "f" * 64},
     ]
     lines = shown(show_tasks, rows)
     assert lines[1].split() == ["news", "World,", "Sports", "exact_match", "0.500", "-", "4.9", "MB", "0123456789ab"]

@@ -96,6 +96,11 @@ class TaskRecord(_Strict):
     def reference(self) -> str:
         return f"{self.name}@{self.version}"
 
+    @property
+    def expert(self) -> str:
+        """The sha256 of the task's own expert; of a form without one, of its first part."""
+        return self.parts.get("task", next(iter(self.parts.values())))
+
 
 class Manifest(_Strict):
     """All versions of all tasks, in the order in which they were learned."""

@@ -266,8 +266,9 @@ def predict(
     """Answer texts: one JSON object a row, in order.
 
     Each has the `label` and the `scores` of all labels; for a generation task `label` is the text that was written.
-    A row's own label, where it has one, comes back as `true`. `decision` is the label, or `review` for a human.
-    `--task auto`: each text finds its task; lines also have `task` (null, as `label`, for a text of none) and `route`.
+    What answered is named by `task`, `version` and `expert`, its sha256. A row's own label, where it has one, comes
+    back as `true`. `decision` is the label, or `review` for a human.
+    `--task auto`: each text finds its task (null, as `label`, for a text of none); lines also have `route`.
     """
     if file is None and sys.stdin.isatty():
         err.print("rows from the terminal, one a line; Ctrl-D ends", style="dim")

@@ -18,7 +18,7 @@ def show_tasks(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
         name = f"{row['task']}@{row['version']}" if several else row["task"]
         marks = [*(f"@{alias}" for alias in row["aliases"]), *(["retired"] if row["retired"] else [])]
         labels = summed([*row["labels"]], "labels") if row["labels"] else "-"
-        digest = row["parts"].get("task", next(iter(row["parts"].values())))[:12]
+        digest = row["expert"][:12]
         taken = "missing" if row["bytes"] is None else size(row["bytes"])
         cells = (labels, row["metric"], show_score(row["learned"]), show_score(row["score"]), taken, digest)
         style = "" if row["current"] and not row["retired"] else "dim"

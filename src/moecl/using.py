@@ -54,6 +54,7 @@ def learned(run: Path, everything: bool = False) -> list[dict[str, Any]]:
             "learned": None if kept is None else kept.score(record.name, record.version),
             "score": last.get(record.name) if digests.get(record.name) == record.parts else None,
             "bytes": store.bytes_of(record),
+            "expert": record.expert,
             "parts": dict(record.parts),
         }
         for record in records
@@ -90,19 +91,19 @@ def answers(
         rows = rows_from_lines(chain([first], lines), record.task, "stdin" if file is None else str(file))
         for chunk in chunks(rows, 1 if file is None and sys.stdin.isatty() else STEP):
             found = engine.predict(chunk, asked)
-            yield [answer(one, row.label, levels) for one, row in zip(found, chunk, strict=True)]
+            yield [answer(one, record, row.label, levels) for one, row in zip(found, chunk, strict=True)]
 
 
 def routed_answers(
     store: "Store", file: Path | None, device: str, expert_memory: str, thresholds: Path | None
 ) -> Iterator[list[dict[str, Any]]]:
-    """The same where nobody says which task: lines also have the task that answered, and each task's probability."""
-    levels = {}
+    """The same where nobody says which task: lines also have each task's probability."""
+    levels, records = {}, {record.name: record for record in store.tasks()}
     if thresholds is not None:
         known = Thresholds.load(thresholds)
         levels = {
-            one.name: known.of(one.name, one.task.labels or (), one.parts, thresholds)
-            for one in store.tasks()
+            name: known.of(name, one.task.labels or (), one.parts, thresholds)
+            for name, one in records.items()
             if one.task.kind == "classification"
         }
     with lines_of(file) as lines:
@@ -118,17 +119,19 @@ def routed_answers(
         rows = plain_rows(chain([first], lines), "stdin" if file is None else str(file))
         for chunk in chunks(rows, 1 if file is None and sys.stdin.isatty() else STEP):
             yield [
-                routed_answer(one, true_label(row, engine, one.task), levels.get(one.task or ""))
+                routed_answer(one, records, true_label(row, engine, one.task), levels.get(one.task or ""))
                 for one, (_, row) in zip(predict(engine, router, chunk), chunk, strict=True)
             ]
 
 
-def routed_answer(found: "Routed", true: str | None, levels: TaskThresholds | None) -> dict[str, Any]:
+def routed_answer(
+    found: "Routed", records: Mapping[str, "TaskRecord"], true: str | None, levels: TaskThresholds | None
+) -> dict[str, Any]:
     """A line of `moecl predict --task auto`; a row of no task is left to a human where there are thresholds."""
     route = {task: rounded(share) for task, share in found.shares.items()}
-    if found.prediction is None:
-        return {"task": None, "label": None, "scores": {}, "route": route}
-    return {"task": found.task, **answer(found.prediction, true, levels), "route": route}
+    if found.prediction is None or found.task is None:
+        return {"task": None, "version": None, "expert": None, "label": None, "scores": {}, "route": route}
+    return {**answer(found.prediction, records[found.task], true, levels), "route": route}
 
 
 def true_label(row: str | Mapping[str, Any], engine: "Engine", task: str | None) -> str | None:
@@ -154,10 +157,13 @@ def router_of(model: "MoECL", store: "Store") -> "Router":
     return router
 
 
-def answer(found: "Prediction", true: str | None, levels: TaskThresholds | None) -> dict[str, Any]:
-    """A line of `moecl predict`."""
+def answer(
+    found: "Prediction", record: "TaskRecord", true: str | None, levels: TaskThresholds | None
+) -> dict[str, Any]:
+    """A line of `moecl predict`; what it has in common with a reply of the server is called the same."""
     scores = {label: rounded(score) for label, score in found.scores.items()}
-    line: dict[str, Any] = {"label": found.label, "scores": scores}
+    line: dict[str, Any] = {"task": record.name, "version": record.version, "expert": record.expert}
+    line |= {"label": found.label, "scores": scores}
     if levels is not None:
         line["decision"] = decide(levels, found.label, scores)
     return line if true is None else {**line, "true": true}

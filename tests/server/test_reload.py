@@ -11,7 +11,7 @@ from moecl.engine import Engine
 from moecl.model import MoECL
 from moecl.nn.forms import to_tensors
 from moecl.review import Target, Thresholds, fit
-from moecl.server.library import Library, expert
+from moecl.server.library import Library
 from moecl.store import Store, TaskRecord
 
 NAMES = "mood topic write"
@@ -52,7 +52,7 @@ def test_a_new_version_and_a_new_task_are_served(store, tiny_folder):
         fresh = Engine(MoECL.from_pretrained(store, device="cpu")).predict(TEXTS, "mood")
         assert [one["scores"] for one in after] == [pytest.approx(one.scores, rel=1e-3, abs=1e-5) for one in fresh]
         assert after[0]["scores"] != before[0]["scores"]
-        assert after[0]["expert"] == expert(Store.open(store).record("mood"))
+        assert after[0]["expert"] == Store.open(store).record("mood").expert
         assert server.client.get("/v1/run").json()["tasks"][-1]["versions"] == [1, 2]
         relearn(store, tiny_folder, "head", 1)
         until(lambda: "head" in [one["id"] for one in server.client.get("/v1/models").json()["data"]])

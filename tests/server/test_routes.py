@@ -10,7 +10,6 @@ from live import TASKS, Live, live, make_store
 from moecl.engine import Engine
 from moecl.generation import Sampling
 from moecl.model import MoECL
-from moecl.server.library import expert
 
 TEXTS = ["a great movie", "bad " * 30, "the food was terrible and sad"]
 
@@ -59,7 +58,7 @@ def test_a_chat_with_a_task_that_writes(client, engine):
     assert (answer.model, answer.object) == ("told", "chat.completion")
     assert answer.usage.prompt_tokens == expected.prompt_tokens
     assert answer.usage.total_tokens == expected.prompt_tokens + expected.tokens
-    digest = expert(engine.model._left.record("told"))[:12]
+    digest = engine.model._left.record("told").expert[:12]
     assert answer.system_fingerprint == f"told-v1-{digest}"
 
 
@@ -170,7 +169,7 @@ def test_labels_with_scores_and_who_answered(server, engine, name):
         assert one["label"] == expected.label
         assert one["scores"] == pytest.approx(expected.scores, rel=1e-3, abs=1e-5)
         assert (one["task"], one["version"], one["decision"]) == (name, 1, None)
-        assert one["expert"] == expert(engine.model._left.record(name))
+        assert one["expert"] == engine.model._left.record(name).expert
     assert [one["index"] for one in data] == [0, 1, 2]
 
 

@@ -63,7 +63,7 @@ class Snapshot:
             fields=list(dict.fromkeys(template(task.instruction).names)),
             metric=task.metric,
             score=score,
-            expert=expert(record),
+            expert=record.expert,
             parts=record.parts,
         )
 
@@ -136,8 +136,3 @@ def mark(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
-
-
-def expert(record: TaskRecord) -> str:
-    """The sha256 of the task's own expert, as `moecl tasks` tells it."""
-    return record.parts.get("task", next(iter(record.parts.values())))

@@ -16,7 +16,7 @@ from moecl.errors import StoreError
 from moecl.generation import Completion, Sampling
 from moecl.request import Prediction, Request
 from moecl.review import REVIEW, decide, rounded
-from moecl.server.library import Library, Snapshot, expert
+from moecl.server.library import Library, Snapshot
 from moecl.server.metrics import Metrics
 from moecl.server.problems import ApiError, from_ours
 from moecl.server.queue import Answer, Reading, Routing, Text, Worker
@@ -267,7 +267,7 @@ def classified(
         decision=undecided if levels is None else decide(levels, found.label, scores),
         task=record.name,
         version=record.version,
-        expert=expert(record),
+        expert=record.expert,
         tasks=shares,
         gates=None if use is None else {str(layer): rounded(share) for layer, share in use.items()},
     )

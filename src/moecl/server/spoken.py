@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from moecl.generation import Token
-from moecl.server.library import expert
 from moecl.server.schema import (
     Chat,
     ChatChoice,
@@ -28,7 +27,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 def fingerprint(record: TaskRecord) -> str:
-    return f"{record.name}-v{record.version}-{expert(record)[:12]}"
+    return f"{record.name}-v{record.version}-{record.expert[:12]}"
 
 
 def head(kind: str, record: TaskRecord) -> dict[str, Any]:
