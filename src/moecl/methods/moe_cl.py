@@ -43,20 +43,23 @@ class MoECLMethod(Method):
         self.state = GatedLearner(geometry, config, seed)
         self.reads_features = self.state.adversary is not None
         self.keys: dict[str, Tensor] = {}  # of finished tasks
-        self.key: Tensor | None = None  # of the one under way
+        self.new: dict[str, Tensor] = {}  # of tasks not yet learned, for which every row of R asks
+        self.rows: Sequence[Encoded] = ()  # of the task to begin
 
     def rehearse(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
-        self.key = self._key(rows) if self.config.warm_start == "nearest" else None
+        self.rows = rows
         return rows
 
-    def _key(self, rows: Sequence[Encoded]) -> Tensor:
+    def _key(self, task: Task, rows: Sequence[Encoded]) -> Tensor:
         """[D]: where a task's texts lie, to find the old tasks that are near."""
-        return self.base.queries([row.input_ids for row in rows[:KEY_ROWS]]).mean(dim=0).cpu()
+        if task.name not in self.new:
+            self.new[task.name] = self.base.queries([row.input_ids for row in rows[:KEY_ROWS]]).mean(dim=0).cpu()
+        return self.new[task.name]
 
     def starts(self, task: Task, rows: Sequence[Encoded], old: Mapping[str, Callable[[], Parts]]) -> dict[str, Parts]:
         if self.config.warm_start != "nearest" or task.head == "classifier" or not old:
             return {}
-        key = self._key(rows)
+        key = self._key(task, rows)
         near = {name: float(F.cosine_similarity(key, self.keys.get(name, -key), dim=0)) for name in old}
         names = sorted(near, key=near.__getitem__, reverse=True)[:STARTS]
         found = {name: self.state.like(old[name]()) for name in names}
@@ -64,6 +67,8 @@ class MoECLMethod(Method):
 
     def begin(self, task: Task, start: Parts | None = None) -> Parts:
         self.task = task.name
+        if self.config.warm_start == "nearest" and self.rows:
+            self._key(task, self.rows)
         return self.state.begin(task.name, labels(task), start)
 
     def preview(self, task: Task) -> Parts | None:
@@ -76,8 +81,8 @@ class MoECLMethod(Method):
         return self.state.loss(features, step) if self.reads_features else None
 
     def finish(self) -> Finished:
-        if self.key is not None:
-            self.keys[self.task] = self.key
+        if (key := self.new.pop(self.task, None)) is not None:
+            self.keys[self.task] = key
         return self.finished(self.state.finish(), scale=self.state.scale)
 
     def export(self) -> dict[str, dict[str, Tensor]]:
