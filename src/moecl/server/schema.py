@@ -135,6 +135,16 @@ class ChatMessage(Said):
     refusal: None = None
 
 
+class Completed(Said):
+    """What the answers to a chat and to a completion have in common."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str = Field(description="task, version and the sha256 of the expert that answered")
+    usage: Usage
+
+
 class ChatChoice(Said):
     index: int = 0
     message: ChatMessage
@@ -142,14 +152,9 @@ class ChatChoice(Said):
     finish_reason: Finish
 
 
-class Chat(Said):
-    id: str
+class Chat(Completed):
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    system_fingerprint: str = Field(description="task, version and the sha256 of the expert that answered")
     choices: list[ChatChoice]
-    usage: Usage
 
 
 class TextLogprobs(Said):
@@ -166,14 +171,9 @@ class TextChoice(Said):
     finish_reason: Finish
 
 
-class TextCompletion(Said):
-    id: str
+class TextCompletion(Completed):
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[TextChoice]
-    usage: Usage
 
 
 class Classified(Said):
