@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from moecl import routed
 from moecl.config import AUTO
 from moecl.data.task import template
 from moecl.engine import MAX_LENGTH
-from moecl.errors import StoreError
+from moecl.errors import DataError, StoreError
 from moecl.generation import Completion, Sampling
 from moecl.request import Prediction, Request
 from moecl.review import REVIEW, decide, rounded
@@ -187,7 +188,10 @@ class Service:
             return [model] * len(rows), [None] * len(rows)
         if now.router is None:
             raise ApiError(404, "model: auto needs a router, which this store has not; name a task", param="model")
-        texts = [row if isinstance(row, str) else str(row.get("text", "")) for row in rows]
+        try:
+            texts = routed.texts(now.engine, now.router, [(f"input[{place}]", row) for place, row in enumerate(rows)])
+        except DataError as error:
+            raise from_ours(error, param="input") from error
         if not all(text.strip() for text in texts):
             raise ApiError(400, "input: auto reads texts that are not empty", param="input")
         routes = await self._done(Routing(now.router.route, texts))
