@@ -59,6 +59,7 @@ TOP = {
         "terminal",
         "using",
         "estimate",
+        "overhead",
         "route_store",
     ),
     "__main__",

@@ -17,7 +17,7 @@ from moecl.data.task import example, text_alone, text_of_any
 from moecl.engine import Engine
 from moecl.errors import ConfigError, DataError, StoreError
 from moecl.model import MoECL
-from moecl.router import MOST_ROWS, TOKENS, Features, Route, Router, Statistics, _some, read
+from moecl.router import MOST_ROWS, TOKENS, Features, Route, Router, Statistics, read, spread
 from moecl.routing import Routing
 from moecl.run_folder import RunFolder
 from moecl.store import Store
@@ -126,9 +126,9 @@ def test_the_text_alone():
 
 def test_many_rows_are_thinned_evenly():
     rows = [str(number) for number in range(2 * MOST_ROWS + 1)]
-    assert len(_some(rows)) <= MOST_ROWS
-    assert _some(rows)[:2] == ["0", "3"]
-    assert _some(rows[:5]) == rows[:5]
+    assert len(spread(rows)) <= MOST_ROWS
+    assert spread(rows)[:2] == ["0", "3"]
+    assert spread(rows[:5]) == rows[:5]
 
 
 # What it says

@@ -104,6 +104,8 @@ def test_check():
     cost = {
         "training_seconds": 30,
         "evaluation_seconds": 45,
+        "router_seconds": 5,
+        "starts_seconds": 0,
         "peak_bytes": 1.3e9,
         "task_bytes": 4.9e6,
         "prefix": {
@@ -123,7 +125,7 @@ def test_check():
     assert lines[6].endswith("77 labels, 0 to 76 rows each")
     assert "t (generation)" in lines
     assert lines[-5:] == [
-        "time    1 min 15 s: 30 s training, 45 s testing",
+        "time    1 min 20 s: 30 s training, 45 s testing, 5 s reading for the router",
         "memory  1.3 GB",
         "disk    4.9 MB a task",
         "prefix  69 MB of cache: 80% of the layers run once a text, 20 s; spares 40 s",

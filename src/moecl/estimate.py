@@ -31,6 +31,7 @@ from moecl.engine import Engine
 from moecl.evaluate import evaluate_task, prompts
 from moecl.methods.base import Method
 from moecl.model import MoECL
+from moecl.overhead import router_seconds, starts_seconds
 from moecl.prefix import Prefixes
 from moecl.session import asked_for, attach, attach_method, resolve
 from moecl.store import encode
@@ -79,11 +80,16 @@ def course(data: TaskData, config: StreamConfig, engine: Engine, tokens: Derived
 def estimate(
     model: MoECL, method: Method, config: StreamConfig, courses: Sequence[Course], process: int = 0
 ) -> dict[str, Any]:
-    """Seconds of training and of testing, bytes of memory at the peak by what takes them, bytes of disk a task.
+    """Seconds of training, testing, reading for the router and choosing starts; bytes of memory at the peak by what
+    takes them; bytes of disk a task.
 
     Uses up `method`. `process`: bytes that were taken before the base was loaded.
     """
     answering = [seconds_a_row(model, config, course) for course in courses]
+    beside = {
+        "router_seconds": router_seconds(model, config, courses),
+        "starts_seconds": starts_seconds(model, config, courses),
+    }
     first = courses[0]
     model.bank[first.name] = Entry(first.task, method.begin(first.task))
     trained = sum(p.numel() for group in method.groups().values() for p in group)
@@ -117,6 +123,7 @@ def estimate(
     return {
         "training_seconds": step / tokens * sum(total for total, _ in plans) + filling,
         "evaluation_seconds": answers - spared,
+        **beside,
         "memory_bytes": memory,
         "peak_bytes": sum(memory.values()),
         "task_bytes": own,

@@ -71,9 +71,9 @@ class Statistics:
 
     def learn(self, features: "Features", key: str, train: Sequence[str], held: Sequence[str]) -> None:
         """Add the texts of a task, whose record has this reference."""
-        self.train.add(key, features(_some(train)))
+        self.train.add(key, features(spread(train)))
         if held:
-            self.held.add(key, features(_some(held)))
+            self.held.add(key, features(spread(held)))
 
     def keep(self, records: Iterable[TaskRecord]) -> None:
         """Forget the versions that a store has no more."""
@@ -93,7 +93,7 @@ class Features:
         self.most = min(TOKENS, getattr(model.base.config, "max_position_embeddings", None) or TOKENS)
 
     def __call__(self, texts: Sequence[str]) -> Floats32:
-        rows = self._tokens(texts)
+        rows = self.tokens(texts)
         found = np.zeros((len(rows), self.model.geometry.hidden_size), np.float32)
         real = [place for place, ids in enumerate(rows) if ids]  # not every base puts a token before an empty text
         alone = each_alone(self._read, [rows[place] for place in real], self.model.device)
@@ -101,7 +101,7 @@ class Features:
             found[place] = features.numpy()
         return found
 
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return [ids[: self.most] for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]] if texts else []
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ class KeptFeatures(Features):
         self.space = space(model, base_sha256, layer)
 
     def __call__(self, texts: Sequence[str]) -> Floats32:
-        name = hashlib.sha256(self.space + json.dumps(self._tokens(texts)).encode()).hexdigest()
+        name = hashlib.sha256(self.space + json.dumps(self.tokens(texts)).encode()).hexdigest()
         if (found := self.kept.get(name)) is not None:
             return np.asarray(found["features"].numpy())
         features = super().__call__(texts)
@@ -134,7 +134,7 @@ class KeptFeatures(Features):
         return features
 
 
-def _some(texts: Sequence[str]) -> Sequence[str]:
+def spread(texts: Sequence[str]) -> Sequence[str]:
     """At most MOST_ROWS of them, evenly spread."""
     return texts[:: -(-len(texts) // MOST_ROWS)]
 

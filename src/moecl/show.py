@@ -12,6 +12,12 @@ from moecl._sizes import duration, size
 from moecl.metrics import NAMES, SIGNED
 from moecl.results import Result
 
+SPENT = {
+    "training_seconds": "training",
+    "evaluation_seconds": "testing",
+    "router_seconds": "reading for the router",
+    "starts_seconds": "choosing starts",
+}
 MANY = 6  # classes, more than which are summed up
 WIDEST = 24  # characters of a row's name beside numbered columns
 
@@ -117,8 +123,9 @@ def show_check(console: Console, found: Sequence[Mapping[str, Any]], cost: Mappi
         console.print(hints)
         console.print()
     say(console, "median, p95, max: tokens of whole inputs, of which train.max_length are kept\n")
-    training, testing = cost["training_seconds"], cost["evaluation_seconds"]
-    say(console, f"time    {duration(training + testing)}: {duration(training)} training, {duration(testing)} testing")
+    spent = {what: cost[key] for key, what in SPENT.items()}
+    told = ", ".join(f"{duration(seconds)} {what}" for what, seconds in spent.items() if seconds)
+    say(console, f"time    {duration(sum(spent.values()))}: {told}")
     say(console, f"memory  {size(cost['peak_bytes'])}")
     say(console, f"disk    {size(cost['task_bytes'])} a task")
     if (prefix := cost.get("prefix")) is not None:
