@@ -1,5 +1,6 @@
 """The command line as people use and misuse it. Everything runs in this process but what needs a fresh one."""
 
+import ast
 import io
 import itertools
 import json
@@ -193,6 +194,16 @@ def test_a_stopped_run_goes_on_with_the_same_command(learned, moecl, refuses, tm
     whole, gone_on = (RunFolder(folder).finished() for folder in (learned / "run", tmp_path / "run"))
     assert whole.digests == gone_on.digests
     assert whole.R == gone_on.R
+
+
+def test_an_option_that_commands_share_is_declared_once():
+    declared = [
+        ast.unparse(node)
+        for path in Path(cli.__file__).parent.glob("cli*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("typer.Option", "typer.Argument")
+    ]
+    assert len(declared) == len(set(declared)) > 50
 
 
 def test_learn_and_replace(learned, own, moecl, refuses):

@@ -46,7 +46,10 @@ STORE = {"store", "_audit", "_card", "_manifest", "_objects", "_versions"}
 ENGINE = {"engine", "request", "labels", "generation", "scoring"}
 TRAIN = {"train", "session", "start", "course", "evidence", "task_trainer", "feed"}
 BENCH = {"bench", "bench_cells", "bench_ray", "bench_record", "bench_tune", "bench_worker"}
-COMMANDS = {"cli", "cli_bench", "cli_compare", "cli_export", "cli_review", "cli_router", "cli_serve", "cli_store"}
+COMMANDS = {
+    *("cli", "cli_bench", "cli_compare", "cli_export", "cli_options", "cli_review", "cli_router", "cli_serve"),
+    "cli_store",
+}
 TOP = {
     *(
         "server",

@@ -15,7 +15,18 @@ from rich.console import Console
 from typer.main import get_command
 
 from moecl import cli_bench, cli_compare, cli_export, cli_review, cli_router, cli_serve, cli_store
-from moecl._sizes import parse_size, size
+from moecl._sizes import size
+from moecl.cli_options import (
+    AsJson,
+    Device,
+    ExpertMemory,
+    Overrides,
+    Run,
+    RunOrStore,
+    Stream,
+    StreamDevice,
+    ThresholdsFile,
+)
 from moecl.errors import AssetError, ConfigError, RunError, near
 from moecl.terminal import Command, CommandWithKeys, explain, quietly
 
@@ -36,30 +47,6 @@ app.add_typer(cache_app, name="cache")
 GOES_ON = ("train", "learn", "demo", "bench")
 SPLITS = ("test", "validation", "train")
 out, err = Console(), Console(stderr=True)
-
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; repeatable.")
-]
-Stream = Annotated[Path, typer.Argument(metavar="STREAM", help="A stream file; `moecl init` writes one.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
-Device = Annotated[str | None, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps ...")]
-
-
-def a_size(size: str) -> str:
-    parse_size(size, "--expert-memory")
-    return size
-
-
-ExpertMemory = Annotated[
-    str,
-    typer.Option(
-        "--expert-memory",
-        metavar="SIZE",
-        callback=a_size,
-        help="Memory for experts of learned tasks, such as 512MB; others are read from disk when used.",
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 @app.callback()
@@ -112,7 +99,7 @@ def train(
         Path | None, typer.Option("--output", "-o", metavar="RUN", help="The run folder; default runs/STREAM.")
     ] = None,
     overrides: Overrides = None,
-    device: Device = None,
+    device: StreamDevice = None,
     expert_memory: ExpertMemory = "2GB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False,
 ) -> None:
@@ -248,7 +235,7 @@ app.command(cls=cli_bench.BenchCommand, epilog=cli_bench.EPILOG)(cli_bench.bench
     "moecl predict runs/mine new.jsonl --task auto",
 )
 def predict(
-    run: Run,
+    run: RunOrStore,
     file: Annotated[
         Path | None, typer.Argument(metavar="FILE", help="JSONL rows or plain lines; default standard input.")
     ] = None,
@@ -256,11 +243,8 @@ def predict(
         str | None,
         typer.Option("--task", metavar="NAME", help="The task that answers: NAME, NAME@VERSION or NAME@ALIAS."),
     ] = None,
-    thresholds: Annotated[
-        Path | None,
-        typer.Option("--thresholds", metavar="FILE", help="thresholds.json of `moecl review`: adds a `decision`."),
-    ] = None,
-    device: Device = None,
+    thresholds: ThresholdsFile = None,
+    device: Device = "auto",
     expert_memory: ExpertMemory = "2GB",
 ) -> None:
     """Answer texts: one JSON object a row, in order.
@@ -275,7 +259,7 @@ def predict(
     with quietly():
         from moecl.using import answers
 
-        for found in answers(run, file, task, device or "auto", expert_memory, thresholds):
+        for found in answers(run, file, task, device, expert_memory, thresholds):
             print("\n".join(json.dumps(one, ensure_ascii=False) for one in found), flush=True)
 
 
@@ -291,7 +275,7 @@ def evaluate(
         list[str] | None, typer.Option("--task", metavar="NAME", help="Only this task; repeatable.")
     ] = None,
     split: Annotated[str, typer.Option("--split", metavar="SPLIT", help="test, validation or train.")] = "test",
-    device: Device = None,
+    device: Device = "auto",
     expert_memory: ExpertMemory = "2GB",
     as_json: AsJson = False,
 ) -> None:
@@ -307,11 +291,11 @@ def evaluate(
     if split not in SPLITS:
         raise ConfigError(f"--split: {split!r} is none of {', '.join(SPLITS)}{near(split, SPLITS)}")
     if AUTO in (tasks or []):
-        found = cli_router.evaluate_auto(err, run, tasks or [], split, device or "auto", expert_memory)
+        found = cli_router.evaluate_auto(err, run, tasks or [], split, device, expert_memory)
         print(found.model_dump_json(by_alias=True)) if as_json else cli_router.show_routing(out, found)
         return
     with learning() as watching:
-        rows = scores(run, tasks or [], split, device or "auto", expert_memory, watching)
+        rows = scores(run, tasks or [], split, device, expert_memory, watching)
     print(json.dumps(rows, ensure_ascii=False)) if as_json else show_scores(out, rows)
 
 
@@ -344,7 +328,7 @@ def init(
 
 
 @app.command(cls=Command, epilog="moecl check stream.yaml\nmoecl check stream.yaml --set train.max_length=128")
-def check(stream: Stream, overrides: Overrides = None, device: Device = None, as_json: AsJson = False) -> None:
+def check(stream: Stream, overrides: Overrides = None, device: StreamDevice = None, as_json: AsJson = False) -> None:
     """Validate a stream and estimate its cost, without training.
 
     Reads all rows and the base: counts, balance, token lengths, cuts, duplicates and overlaps; time and memory.

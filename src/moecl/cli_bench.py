@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from moecl.cli_options import AsJson
 from moecl.errors import ConfigError
 from moecl.terminal import Command, quietly
 
@@ -61,7 +62,7 @@ def bench(
     orders: Annotated[str | None, typer.Option("--orders", metavar="A,B", help="Only these orders.")] = None,
     seeds: Annotated[str | None, typer.Option("--seeds", metavar="0,1", help="Only these seeds.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and how far they are, and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """Compare methods: each on each order with each seed.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from moecl.cli_options import AsJson, Device
 from moecl.errors import ConfigError, DataError, RunError
 from moecl.terminal import quietly
 
@@ -45,13 +46,11 @@ def compare(
             "--route", metavar="auto", help="For --general: as each text's own task has it; default the base."
         ),
     ] = None,
-    device: Annotated[
-        str, typer.Option("--device", metavar="DEVICE", help="For --general: auto, cpu, cuda ...")
-    ] = "auto",
+    device: Device = "auto",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the JSON there, too.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """Check that a newer run lost no task.
 
@@ -59,7 +58,8 @@ def compare(
     itself decides, unless --strict or --confident lets its 95% interval (bootstrap over test rows, paired) do so. A
     task that NEW lacks fails; a new one is shown. Both runs must have been tested on the same rows, else exit 2.
 
-    --general: mean log p a token under the base of each run; it fails where the loss rises by more than that share.
+    --general: mean log p a token under the base of each run, read on --device; it fails where the loss rises by more
+    than that share.
     With --route auto under the task that each run's router finds a text to be for, and under the base for none.
     """
     from moecl.compare import Comparison, compare_tasks, compare_texts, failed, read_result, to_json

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from moecl.cli_options import Device, Run
 from moecl.errors import ConfigError, near
 from moecl.terminal import quietly
 
@@ -22,7 +23,7 @@ out, err = Console(), Console(stderr=True)
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Run,
     task: Annotated[str, typer.Argument(metavar="NAME", help="A task; NAME@VERSION or NAME@ALIAS, too.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The folder to make.")],
     kind: Annotated[str, typer.Option("--as", metavar="KIND", help="peft-expert or static-lora.")],
@@ -32,9 +33,7 @@ def export(
     max_disagreement: Annotated[
         float, typer.Option("--max-disagreement", metavar="SHARE", help="For static-lora: of the validation rows.")
     ] = 0.02,
-    device: Annotated[
-        str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps ...")
-    ] = "auto",
+    device: Device = "auto",
 ) -> int | None:
     """Write a task as a LoRA in PEFT's format.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from moecl.cli_options import AsJson, MaybeRun
 from moecl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ out, err = Console(), Console(stderr=True)
 
 
 def review(
-    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run folder.")] = None,
+    run: MaybeRun = None,
     validation: Annotated[
         Path | None, typer.Option("--validation", metavar="FILE", help="Instead of a run: scored validation rows.")
     ] = None,
@@ -46,7 +47,7 @@ def review(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where files go; default RUN/review.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Decide which answers need no human.
 

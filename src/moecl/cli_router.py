@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from moecl.cli_options import AsJson, Device, Run
 from moecl.errors import ConfigError
 from moecl.terminal import quietly
 
@@ -20,7 +21,7 @@ out, err = Console(), Console(stderr=True)
 
 
 def router(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Run,
     fit: Annotated[
         bool, typer.Option("--fit", help="Read the training rows of tasks that have no statistics yet.")
     ] = False,
@@ -28,14 +29,14 @@ def router(
         float | None,
         typer.Option("--false-accept", metavar="SHARE", help="Of texts of no task, how many may be taken for one."),
     ] = None,
-    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="For --fit: auto, cpu, cuda ...")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Show how texts find their task, or make that possible.
 
     A run learns it with its tasks (`router: true` in the stream). For a run made before that, or without it, --fit
-    reads the rows that its config.yaml names. `moecl predict RUN --task auto` uses it, `moecl eval RUN --task auto`
-    measures it.
+    reads the rows that its config.yaml names, on --device. `moecl predict RUN --task auto` uses it, `moecl eval RUN
+    --task auto` measures it.
     """
     if false_accept is not None and not 0 < false_accept < 1:
         raise ConfigError(

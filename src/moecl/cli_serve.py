@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from moecl._sizes import parse_size
+from moecl.cli_options import Device, ExpertMemory, RunOrStore, ThresholdsFile
 from moecl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ err = Console(stderr=True)
 
 
 def serve(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: RunOrStore,
     host: Annotated[
         str, typer.Option("--host", metavar="HOST", help="Any other than loopback needs keys.")
     ] = "127.0.0.1",
@@ -29,22 +30,15 @@ def serve(
     api_key: Annotated[
         Path | None, typer.Option("--api-key", metavar="FILE", help="Keys, one a line; also from MOECL_API_KEYS.")
     ] = None,
-    thresholds: Annotated[
-        Path | None,
-        typer.Option("--thresholds", metavar="FILE", help="thresholds.json of `moecl review`: adds a `decision`."),
-    ] = None,
+    thresholds: ThresholdsFile = None,
     cors: Annotated[
         list[str] | None,
         typer.Option(
             "--cors", metavar="ORIGIN", help="Let pages of this origin ask, as https://a.example; repeatable."
         ),
     ] = None,
-    device: Annotated[
-        str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps ...")
-    ] = "auto",
-    expert_memory: Annotated[
-        str, typer.Option("--expert-memory", metavar="SIZE", help="Memory for experts, such as 512MB.")
-    ] = "2GB",
+    device: Device = "auto",
+    expert_memory: ExpertMemory = "2GB",
     queue: Annotated[int, typer.Option("--queue", metavar="ROWS", help="Rows under way at once; more get 429.")] = 256,
     wait: Annotated[float, typer.Option("--wait", metavar="MS", help="How long a row waits for others.")] = 3.0,
     timeout: Annotated[float, typer.Option("--timeout", metavar="S", help="What a request may take.")] = 60.0,

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from moecl._sizes import size
+from moecl.cli_options import AsJson, Device, RunOrStore
 from moecl.errors import ConfigError, MoECLError
 from moecl.terminal import Command, quietly
 
@@ -19,10 +20,8 @@ if TYPE_CHECKING:
 
 out, err = Console(), Console(stderr=True)
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a store.")]
 Task = Annotated[str, typer.Argument(metavar="NAME", help="A task; `moecl tasks RUN` lists them.")]
 Version = Annotated[str, typer.Argument(metavar="NAME[@VERSION]", help="A task, or one version of it.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -31,7 +30,7 @@ def register(app: typer.Typer) -> None:
 
 
 def tasks(
-    run: Run,
+    run: RunOrStore,
     everything: Annotated[bool, typer.Option("--all", help="Older versions and retired tasks, too.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -48,7 +47,7 @@ def tasks(
 
 
 def promote(
-    run: Run,
+    run: RunOrStore,
     task: Version,
     alias: Annotated[str, typer.Option("--as", metavar="ALIAS", help="The alias, in small letters.")] = "prod",
     remove: Annotated[bool, typer.Option("--remove", help="Take the alias away instead.")] = False,
@@ -67,7 +66,7 @@ def promote(
 
 
 def rollback(
-    run: Run,
+    run: RunOrStore,
     task: Task,
     to: Annotated[
         int | None, typer.Option("--to", metavar="VERSION", min=1, help="Default: the one before the current one.")
@@ -83,7 +82,7 @@ def rollback(
 
 
 def retire(
-    run: Run,
+    run: RunOrStore,
     task: Task,
     undo: Annotated[bool, typer.Option("--undo", help="Bring it back.")] = False,
 ) -> None:
@@ -100,7 +99,7 @@ def retire(
 
 
 def delete(
-    run: Run,
+    run: RunOrStore,
     task: Version,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
@@ -120,9 +119,9 @@ def delete(
 
 
 def verify(
-    run: Run,
+    run: RunOrStore,
     base: Annotated[bool, typer.Option("--base/--no-base", help="Load the base, and each part into it.")] = True,
-    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="Where the base is loaded.")] = "cpu",
+    device: Device = "cpu",
 ) -> None:
     """Check a store, all of it.
 
@@ -145,7 +144,7 @@ def verify(
     done(f"{store.path} is whole: {versions} versions, {len(store.manifest.digests())} objects, log of {lines}; {on}")
 
 
-def gc(run: Run) -> None:
+def gc(run: RunOrStore) -> None:
     """Remove objects that no version needs.
 
     Parts that were trained on since, and what a killed command left. No task and no version is lost.
@@ -156,13 +155,13 @@ def gc(run: Run) -> None:
 
 
 def log(
-    run: Run,
+    run: RunOrStore,
     task: Annotated[str | None, typer.Option("--task", metavar="NAME", help="Only lines about it.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the lines as JSON, one a line.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show who changed what in a store.
 
-    The audit log, oldest first. `moecl verify` tells whether it was altered.
+    The audit log, oldest first; with --json a JSON object a line. `moecl verify` tells whether it was altered.
     """
     from moecl.show_store import show_log
     from moecl.using import open_store
