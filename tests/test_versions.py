@@ -300,6 +300,18 @@ class Api:
             shutil.copyfile(folder_path / name, self.folder / name)
 
 
+def test_what_was_deleted_does_not_leave(run, tmp_path):
+    source = Store.open(run / "store")
+    source.delete("task1")
+    assert "train.task1@1.mean" in source.training()["router"]
+    MoECL.from_pretrained(run).save_pretrained(tmp_path / "saved")
+    saved = Store.open(tmp_path / "saved")
+    whose = {name.split(".")[1] for name in saved.training()["router"] if "@" in name}
+    assert whose == {"task0@1", "task0@2"}
+    assert saved.scores().learned.keys() == {"task0"}
+    assert saved.manifest == source.manifest.model_copy(update={"training": saved.manifest.training})
+
+
 def test_rows_that_a_method_keeps_stay_at_home(tmp_path, tiny_folder):
     method = {"name": "replay", "rank": 2}
     config = load_stream(write_stream(tmp_path / "s", tiny_folder, rows=16, method=method, train=TRAIN))

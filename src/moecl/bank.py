@@ -271,14 +271,29 @@ def settings_of(store: Store) -> tuple[MoECLConfig, int]:
     return MoECLConfig(**fields), int(known.get("seed", 0))  # type: ignore[arg-type]
 
 
-def carried(store: Store, training: Iterable[str]) -> list[str]:
-    """Which of a store's state for further learning goes with a copy: MoE-CL's, and the router's statistics.
+def carried(store: Store) -> dict[str, dict[str, Tensor]]:
+    """What goes with a copy of a store's state for further learning: MoE-CL's, and the router's statistics.
 
-    That of other methods serves `moecl learn` in its run alone, and may hold rows (replay's).
+    That of other methods serves `moecl learn` in its run alone, and may hold rows (replay's). What is a deleted
+    task's or version's own stays, too. Raises StoreError.
     """
     records = store.manifest.tasks
     ours = not records or records[-1].settings.get("method") in (None, OURS)
-    return [name for name in training if ours or name == ROUTER]
+    state = store.training() if ours else store.training(ROUTER)
+    own = {"keys": {record.name for record in records}, ROUTER: {record.reference for record in records}}
+    for name in state.keys() & own.keys():
+        state[name] = {key: tensor for key, tensor in state[name].items() if _whose(key, name) in {"", *own[name]}}
+    return state
+
+
+def _whose(key: str, name: str) -> str:
+    """The task or version that a tensor is of; "" of what all have in common.
+
+    >>> _whose("reviews", "keys"), _whose("train.reviews@2.mean", "router"), _whose("train.scatter", "router")
+    ('reviews', 'reviews@2', '')
+    """
+    of = key.partition(".")[2].rpartition(".")[0] if name == ROUTER else key
+    return of if name != ROUTER or "@" in of else ""
 
 
 def check_same_base(store: Store, found: BaseInfo) -> None:

@@ -420,8 +420,7 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
 
     def _stored_state(self, store: Store) -> dict[str, dict[str, Tensor]]:
         """The state for further learning of the store this model is from, as far as a copy has it."""
-        source, names = self.bank.source, carried(store, store.manifest.training)
-        state = store.training(*names) if names else {}
+        source, state = self.bank.source, carried(store)
         if source is not None and store.manifest != source[1]:
             raise StoreError(f"{store.path}: was changed after this model was loaded; load it again")
         return state
