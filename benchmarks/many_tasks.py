@@ -34,7 +34,7 @@ from moecl.data.task import load_task_data
 from moecl.methods import make_method
 from moecl.methods.base import Method
 from moecl.run_folder import RunFolder
-from moecl.session import resolve
+from moecl.settled import resolve
 from moecl.store import TaskRecord
 
 TARGETS = {"learn_500_vs_1": {">=": 0.9, "<=": 1.1}, "predict_500_vs_1": {">=": 0.9, "<=": 1.1}}

@@ -14,6 +14,8 @@ from measure import met, run
 from moecl.report.bench import sections
 from moecl.report.page import Figure, Page, Section, markdown
 from moecl.report.read import Bench, read
+from moecl.review_measure import Review
+from moecl.review_tables import against_table
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -31,7 +33,7 @@ def render(results: Sequence[Result]) -> str:
     """Every ratio against its target, what single benchmarks have beside ratios, and where each ran."""
     if not results:
         return "Nothing is measured yet."
-    own = [list(rows(result)) for result in results for rows in (floors, layers, abstention)]
+    own = [list(rows(result)) for result in results for rows in (floors, layers, abstention, growth)]
     tables = [list(ratios(results)), *own, list(machines(results))]
     return "\n\n".join("\n".join(lines) for lines in tables if lines)
 
@@ -89,6 +91,18 @@ def abstention(result: Result) -> Iterator[str]:
                 yield f"| {name} | {' | '.join(f'{value:.3g}' for value in point.values())} |"
 
 
+def growth(result: Result) -> Iterator[str]:
+    """How the router does as tasks come, and what a store pays for it."""
+    figures = result["figures"]
+    if right := figures.get("right_by_tasks"):
+        kept = figures["bytes"]
+        yield f"| tasks | {' | '.join(right)} |"
+        yield f"|---|{'---|' * len(right)}"
+        yield f"| rows sent to their task | {' | '.join(f'{share:.3f}' for share in right.values())} |"
+        sizes = [kept["once"] + int(tasks) * kept["a_task"] for tasks in right]
+        yield f"| bytes in the store | {' | '.join(f'{size:,}' for size in sizes)} |"
+
+
 def machines(results: Sequence[Result]) -> Iterator[str]:
     for result in results:
         where = result["environment"]
@@ -101,10 +115,24 @@ def machines(results: Sequence[Result]) -> Iterator[str]:
 
 
 def quality(folder: Path = RESULTS / "quality") -> str:
-    """What `moecl report` says of each bench that has a finished cell."""
-    found = [read(path.parent) for path in sorted(folder.glob("*/bench.json"))]
-    benches = [bench for bench in found if isinstance(bench, Bench) and bench.results]
-    return "\n\n".join(map(of_bench, benches)) or "Nothing is measured yet."
+    """What `moecl report` says of each bench that has a finished cell, and what reviews of its cells came to."""
+    found = {path.parent: read(path.parent) for path in sorted(folder.glob("*/bench.json"))}
+    benches = {where: bench for where, bench in found.items() if isinstance(bench, Bench) and bench.results}
+    parts = [part for where, bench in benches.items() for part in (of_bench(bench), "\n".join(reviews(where)))]
+    return "\n\n".join(filter(None, parts)) or "Nothing is measured yet."
+
+
+def reviews(bench: Path) -> Iterator[str]:
+    """Reviews of cells, one against another: reviews/A_against_B/review.json."""
+    head = ("A", "B", "task", "rate A", "rate B", "A - B in points (95 %)", "saved in 1000", "precision A, B")
+    for number, path in enumerate(sorted(bench.glob("reviews/*/review.json"))):
+        if not number:
+            yield f"#### What needs no human\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}"
+        a, b = path.parent.name.split("_against_")
+        against = Review.model_validate_json(path.read_text()).against
+        assert against is not None
+        for line in against_table(against, a, b).lines:
+            yield f"| {' | '.join((a, b, *line.cells))} |"
 
 
 def of_bench(bench: Bench) -> str:

@@ -27,6 +27,8 @@ def main(address: str, text: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     try:
         main(sys.argv[1], sys.argv[2])
     except openai.APIError as error:

@@ -77,7 +77,7 @@ class Live:
 @contextmanager
 def live(run: Path, **settings: Any) -> Iterator[Live]:
     asked = Settings(run=run, port=0, device="cpu", **settings)
-    library = Library(run, "cpu", "2GB", asked.thresholds)
+    library = Library(run, "cpu", "2GB", asked.thresholds, asked.kv_memory)
     with bound(asked) as listening:
         app = create_app(library, asked)
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=20))

@@ -98,6 +98,7 @@ def test_help_of_train_lists_every_key(moecl):
         ("eval run --expert-memory lots", "--expert-memory: 'lots' is no size; write a number and a unit"),
         ("train s.yaml --expert-memory 0", "--expert-memory: '0' leaves no room for an expert; write a number"),
         ("learn run --task t.yaml --expert-memory 2PB", "--expert-memory: '2PB' has the unknown unit 'PB'; write"),
+        ("serve run --kv-memory lots", "--kv-memory: 'lots' is no size; write a number and a unit"),
         ("init no/s.yaml", "no/s.yaml: no folder no; make it first"),
         ("fetch vadr4", "no asset 'vadr4' (did you mean 'vader4'?); there are: "),
         ("cache clear x", "no asset 'x'; there are: "),
@@ -219,7 +220,7 @@ def test_learn_and_replace(learned, own, moecl, refuses):
         "learn", own, "--task", learned / "new.yaml"
     )
     assert moecl("learn", own, "--task", learned / "new.yaml", "--replace").status == 0
-    assert "new@2" in moecl("tasks", own).out
+    assert "new, version 2" in moecl("tasks", own).out
     assert "--task new: no such file; give a YAML file with the new task's keys" in refuses(
         "learn", own, "--task", "new"
     )
@@ -242,9 +243,8 @@ def test_predict(learned, moecl, refuses, tmp_path):
     run = learned / "run"
     plain = moecl("predict", run, "--task", "task1", stdin=b"warm tea\nsour day\n")
     rows = [json.loads(line) for line in plain.out.splitlines()]
-    assert [set(row) for row in rows] == [{"task", "version", "expert", "label", "scores"}] * 2
-    digest = Store.open(run / "store").digests("task1")["task"]
-    assert {(row["task"], row["version"], row["expert"]) for row in rows} == {("task1", 1, digest)}
+    assert [list(row) for row in rows] == [["label", "scores", "task", "version"]] * 2
+    assert {(row["task"], row["version"]) for row in rows} == {("task1", 1)}
     assert set(rows[0]["scores"]) == {"good", "bad"}
     assert sum(rows[0]["scores"].values()) == pytest.approx(1, abs=1e-5)
     assert plain.err == ""
@@ -261,6 +261,9 @@ def test_predict(learned, moecl, refuses, tmp_path):
     )
     assert "no task '" in refuses("predict", run, "--task", learned / "new.yaml")
     assert "give a file of JSONL rows or plain lines" in refuses("predict", run, "no.txt", "--task", "task1")
+    assert "rows.csv: a table, and lines are read; make it JSONL" in refuses(
+        "predict", run, "rows.csv", "--task", "task1"
+    )
     assert "give a file of JSONL rows or plain lines" in refuses("predict", run, tmp_path, "--task", "task1")
 
 

@@ -14,6 +14,7 @@ from moecl.discriminant import (
     calibrate,
     log_shares,
     oracle_shrinkage,
+    reach_of,
 )
 
 WIDTH = 24
@@ -142,6 +143,21 @@ def test_unknown_takes_three_tasks(tasks, threshold):
     seen, whitener, origin = discriminant(train)
     found = calibrate(seen, [whitener(rows(t) - origin) for t in range(tasks)], 0.1)
     assert (found.threshold is not None) == threshold
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 5])
+def test_almost_none_of_a_tasks_rows_lie_beyond_its_reach_and_gross_strangers_do(tasks):
+    seen, whitener, origin = discriminant(moments(range(tasks)))
+    white = [whitener(rows(t, 400, seed=2) - origin) for t in range(tasks)]
+    reach = calibrate(seen, [whitener(rows(t, seed=1) - origin) for t in range(tasks)], 0.1).reach
+    for place, own in enumerate(white):
+        at = np.full(len(own), place)
+        assert (seen.away(own, at) <= reach[place]).mean() > 0.98
+        assert (seen.away(5 * (own - seen.means[place]) + seen.means[place], at) > reach[place]).all()
+
+
+def test_reach_is_endless_where_rows_do_not_tell_it():
+    assert reach_of(np.array([1.0])) == reach_of(np.array([0.0, 1.0])) == np.inf
 
 
 def test_degenerate_rows_stay_finite():

@@ -13,10 +13,7 @@ from moecl.data import derived
 from moecl.data.encode import Encoded
 from moecl.data.task import load_task_data
 from moecl.estimate import COPIES, kept_bytes, padded, passes, rows_tested, scratch_batch, survey
-from moecl.method_config import MoECLConfig
-from moecl.overhead import starts_tried
-from moecl.router import KeptFeatures
-from moecl.start import Starts
+from moecl.router import Features
 from moecl.train import ContinualTrainer
 from tiny_stream import write_stream
 
@@ -120,6 +117,15 @@ def test_survey_counts_what_a_run_then_takes(variant, tiny_folder, tmp_path):
     assert cost["evaluation_seconds"] > 0
 
 
+@pytest.mark.parametrize("router", [True, False])
+def test_the_routers_reading_is_tried_where_there_is_a_router(router, tiny_folder, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(Features, "__call__", lambda features, texts: read.append(len(texts)))
+    path = write_stream(tmp_path / "data", tiny_folder, rows=16, router=router)
+    survey(load_stream(path, ["train.epochs=1"]), Watcher())
+    assert bool(read) == router
+
+
 def test_survey_tells_what_the_prefix_cache_takes(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("MOECL_CACHE", str(tmp_path / "cache"))
     path = write_stream(tmp_path / "data", tiny_folder, rows=16, method={"name": "moe-cl", "rank": 2})
@@ -135,42 +141,6 @@ def test_survey_tells_what_the_prefix_cache_takes(tiny_folder, tmp_path, monkeyp
     assert found["bytes"] < taken < found["bytes"] + 300 * entries, "the tensors, and a header each"
     for setting in ("train.prefix_cache=0", "method.adapt_layers=all"):
         assert survey(load_stream(path, ["method.adapt_layers=1", setting]), Watcher())["estimate"]["prefix"] is None
-
-
-@pytest.mark.parametrize("retention", ["exact", "live"])
-@pytest.mark.parametrize("evaluate", ["all", "seen"])
-def test_survey_counts_the_router_and_the_starts(retention, evaluate, tiny_folder, tmp_path, monkeypatch):
-    """As often as a run then tries rows and reads texts."""
-    method = {"name": "moe-cl", "rank": 2, "warm_start": "nearest", "retention": retention}
-    path = write_stream(tmp_path / "data", tiny_folder, tasks=3, rows=16, method=method, evaluate=evaluate)
-    config = load_stream(path, ["train.epochs=1", "train.precision=fp32"])
-    cost = survey(config, Watcher())["estimate"]
-    assert cost["router_seconds"] > 0
-    assert cost["starts_seconds"] > 0
-    plain = survey(load_stream(path, ["router=false", "method.warm_start=zero"]), Watcher())["estimate"]
-    assert (plain["router_seconds"], plain["starts_seconds"]) == (0, 0)
-    losses, read, real, real_read = [], [], Starts.loss, KeptFeatures.__call__
-    monkeypatch.setattr(Starts, "loss", lambda self, course, parts: losses.append(1) or real(self, course, parts))
-    monkeypatch.setattr(KeptFeatures, "__call__", lambda self, texts: read.extend(texts) or real_read(self, texts))
-    ContinualTrainer(config, tmp_path / "run").run()
-    courses = [Course(load_task_data(task).task, test=((), ())) for task in config.tasks]
-    assert len(losses) == sum(starts_tried(config, place, one) for place, one in enumerate(courses))
-    assert len(read) == 3 * (16 + 8)
-
-
-def test_starts_tried_of_many_tasks():
-    """Of finished tasks that never change each once, at most four at a time; none where none can be offered."""
-    method = {"name": "moe-cl", "warm_start": "nearest"}
-    config = stream(8).model_copy(update={"method": MoECLConfig(**method), "evaluate": "seen"})
-    course = Course(config.tasks[0], test=((), ()))
-    assert [starts_tried(config, place, course) for place in (0, 1, 7)] == [0, 2, 5]
-    every = config.model_copy(update={"evaluate": "all"})
-    assert starts_tried(every, 7, course) == 7 * 2 + 1
-    live = every.model_copy(update={"method": MoECLConfig(**method, retention="live")})
-    assert starts_tried(live, 7, course) == 8 + (1 + 2 + 3 + 4 * 4) + 4
-    head = Course(config.tasks[0].model_copy(update={"head": "classifier"}), test=((), ()))
-    assert starts_tried(every, 7, head) == 0
-    assert starts_tried(stream(8), 7, course) == 0
 
 
 def test_survey_tells_a_heads_labels_as_training_sees_them(tiny_folder, tmp_path):

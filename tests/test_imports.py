@@ -34,7 +34,6 @@ BOTTOM = {
     "routing",
     "run_folder",
     "stats",
-    "_scores",
     "_atomic",
     "_explain",
     "_raw",
@@ -43,8 +42,8 @@ BOTTOM = {
     "_yaml",
 }
 STORE = {"store", "_audit", "_card", "_manifest", "_objects", "_versions"}
-ENGINE = {"engine", "request", "labels", "generation", "scoring"}
-TRAIN = {"train", "session", "start", "course", "evidence", "task_trainer", "feed"}
+ENGINE = {"engine", "request", "labels", "generation", "kv_prefix", "scoring"}
+TRAIN = {"train", "session", "settled", "start", "course", "evidence", "task_trainer", "feed"}
 BENCH = {"bench", "bench_cells", "bench_ray", "bench_record", "bench_tune", "bench_worker"}
 COMMANDS = {
     *("cli", "cli_bench", "cli_compare", "cli_export", "cli_options", "cli_review", "cli_router", "cli_serve"),
@@ -62,7 +61,6 @@ TOP = {
         "terminal",
         "using",
         "estimate",
-        "overhead",
         "route_store",
     ),
     "__main__",

@@ -147,6 +147,16 @@ def test_a_task_is_learned_again(original, run, tmp_path):
     assert store.record("task0").version == 3
 
 
+def test_r_never_mixes_two_versions(run, tmp_path):
+    learn(run, new(tmp_path / "n", "task0", seed=1), replace=True)
+    Store.open(run / "store").rollback("task0")
+    result = learn(run, new(tmp_path / "m"))
+    place = result.tasks.index("task0")
+    column = [row[place] for row in result.R]
+    assert column[place + 1 : -1] == [None] * (len(column) - place - 2), "of version 2"
+    assert column[-1] is not None, "of version 1"
+
+
 def test_live_tasks_go_on_moving(tmp_path, tiny_folder):
     method = {"name": "moe-cl", "rank": 2, "retention": "live"}
     config = load_stream(write_stream(tmp_path / "s", tiny_folder, rows=16, method=method, train=TRAIN))

@@ -103,7 +103,7 @@ def test_learning_one_more_task_takes_the_same_after_40(one, new, tmp_path, monk
     many = counted(grown(one, tmp_path / "many", 39), new, monkeypatch)
     assert many == few
     own, offered = 3, 3 + 3 * (STARTS - 1)
-    assert few["read"].count("training") == 5
+    assert few["read"].count("training") == 5, "shared, discriminator, memory, keys, router"
     assert own < few["read"].count("objects") <= own + offered, "to test the new task, and what it might start from"
     assert few["progress"] == 4
     store = Store.open(tmp_path / "many" / "store")

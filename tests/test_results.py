@@ -44,7 +44,7 @@ def test_the_file_is_as_the_design_has_it(tmp_path: Path) -> None:
     data = json.loads(path.read_text(encoding="utf-8"))
     assert list(data) == [
         *("schema", "name", "method", "seed", "tasks", "R", "metrics", "seconds", "data", "details"),
-        *("items", "environment", "digests", "resumed"),
+        *("items", "environment", "digests", "superseded", "resumed"),
     ]
     assert data["schema"] == 1
     assert data["R"] == [[0.5, 0.5], [0.9, None], [0.9, 1 / 3]]
@@ -52,6 +52,17 @@ def test_the_file_is_as_the_design_has_it(tmp_path: Path) -> None:
     assert data["metrics"]["bwt"] == 0
     assert data["metrics"]["fwt"] is None
     assert data["details"]["tweets"] == {"validation": [[16, 0.8], [32, None]], "steps": 32}
+
+
+def test_as_markdown() -> None:
+    assert a_result().markdown().splitlines()[-4:] == [
+        "|---|---|---|",
+        "| (before any) | 0.500 | 0.500 |",
+        "| tweets | 0.900 | - |",
+        "| amazon | 0.900 | 0.333 |",
+    ]
+    many = [f"task{number}" for number in range(26)]
+    assert "|" not in Result(method="m", seed=0, tasks=many, R=[[None] * 26] * 27, seconds=1).markdown()
 
 
 def test_not_a_number_is_never_written(tmp_path: Path) -> None:

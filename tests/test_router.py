@@ -17,7 +17,7 @@ from moecl.data.task import example, text_alone, text_of_any
 from moecl.engine import Engine
 from moecl.errors import ConfigError, DataError, StoreError
 from moecl.model import MoECL
-from moecl.router import MOST_ROWS, TOKENS, Features, Route, Router, Statistics, read, spread
+from moecl.router import MOST_ROWS, TOKENS, Features, Route, Router, Statistics, _some, read
 from moecl.routing import Routing
 from moecl.run_folder import RunFolder
 from moecl.store import Store
@@ -126,9 +126,9 @@ def test_the_text_alone():
 
 def test_many_rows_are_thinned_evenly():
     rows = [str(number) for number in range(2 * MOST_ROWS + 1)]
-    assert len(spread(rows)) <= MOST_ROWS
-    assert spread(rows)[:2] == ["0", "3"]
-    assert spread(rows[:5]) == rows[:5]
+    assert len(_some(rows)) <= MOST_ROWS
+    assert _some(rows)[:2] == ["0", "3"]
+    assert _some(rows[:5]) == rows[:5]
 
 
 # What it says
@@ -155,7 +155,22 @@ def test_unknown_below_the_threshold(router, learned):
         assert [list(one.shares.values()) for one in routes] == shares.tolist(), "shares are given either way"
 
 
+def test_what_lies_beyond_all_tasks_is_unknown_even_with_two(router, learned):
+    known = router.features(texts(learned, "task1"))
+    two = Router(router.features, router.statistics, dict(zip(router.tasks[:2], router.keys[:2], strict=True)))
+    assert two.calibration.threshold is None
+    wide = known.mean(axis=0) + 50 * (known - known.mean(axis=0))
+    assert all(one.task is None for one in two.routes(wide))
+    assert np.mean([one.task is not None for one in two.routes(known)]) > 0.8
+
+
 # What a store keeps
+
+
+def test_a_saved_model_routes_as_it_did(router, learned, tmp_path):
+    MoECL.from_pretrained(learned / "run").save_pretrained(tmp_path / "copy")
+    again = Router.load(MoECL.from_pretrained(tmp_path / "copy"), Store.open(tmp_path / "copy"))
+    assert again.route(texts(learned, "task1")) == router.route(texts(learned, "task1"))
 
 
 def test_statistics_are_kept_with_each_task(learned):
@@ -292,11 +307,10 @@ def test_predict_auto(learned, moecl, tmp_path):
     for row, one in zip(rows, found, strict=True):
         assert set(one["route"]) == {"task0", "task1", "task2"}
         if one["task"] is None:
-            assert (one["label"], one["scores"], one["version"], one["expert"]) == (None, {}, None, None)
+            assert (one["label"], one["scores"]) == (None, {})
         else:
             assert one["label"] == engine.predict([row["text"]], one["task"])[0].label
             assert one["true"] == "good"
-            assert (one["version"], one["expert"]) == (1, engine.bank.source[0].digests(one["task"])["task"])
     assert {one["task"] for one in found} >= {"task0", "task2"}
     plain = moecl("predict", run, "--task", "auto", stdin="".join(row["text"] + "\n" for row in rows))[1]
     assert [json.loads(line)["route"] for line in plain.splitlines()] == [one["route"] for one in found]

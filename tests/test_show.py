@@ -60,15 +60,15 @@ def test_many_tasks_are_numbered(count, length):
 
 def test_tasks():
     state = {"version": 1, "versions": 1, "current": True, "retired": False, "aliases": []}
-    row = {**state, "kind": "classification", "metric": "exact_match", "learned": 0.5, "score": None, "bytes": 4.9e6}
+    row = {**state, "kind": "classification", "metric": "exact_match", "score": None, "bytes": 4.9e6}
     rows = [
-        {**row, "task": "news", "labels": ["World", "Sports"], "expert": "0123456789abcdef" * 4},
-        {**row, "task": LONG, "version": 2, "labels": list("abcdefgh"), "expert": "f" * 64},
+        {**row, "task": "news", "labels": ["World", "Sports"], "parts": {"task": "0123456789abcdef" * 4}},
+        {**row, "task": LONG, "version": 2, "labels": list("abcdefgh"), "parts": {"weights": "f" * 64}},
     ]
     lines = shown(show_tasks, rows)
-    assert lines[1].split() == ["news", "World,", "Sports", "exact_match", "0.500", "-", "4.9", "MB", "0123456789ab"]
+    assert lines[1].split() == ["news", "World,", "Sports", "exact_match", "-", "4.9", "MB", "0123456789ab"]
     rest = "".join(line.split("  ")[0] for line in lines[2:])
-    assert rest.replace(" ", "") == f"{LONG}@2"
+    assert rest.replace(" ", "") == f"{LONG},version2"
     assert lines[2].split()[-1] == "f" * 12
     assert "8 labels" in lines[2]
 
@@ -104,8 +104,6 @@ def test_check():
     cost = {
         "training_seconds": 30,
         "evaluation_seconds": 45,
-        "router_seconds": 5,
-        "starts_seconds": 0,
         "peak_bytes": 1.3e9,
         "task_bytes": 4.9e6,
         "prefix": {
@@ -125,7 +123,7 @@ def test_check():
     assert lines[6].endswith("77 labels, 0 to 76 rows each")
     assert "t (generation)" in lines
     assert lines[-5:] == [
-        "time    1 min 20 s: 30 s training, 45 s testing, 5 s reading for the router",
+        "time    1 min 15 s: 30 s training, 45 s testing",
         "memory  1.3 GB",
         "disk    4.9 MB a task",
         "prefix  69 MB of cache: 80% of the layers run once a text, 20 s; spares 40 s",

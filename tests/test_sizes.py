@@ -48,3 +48,13 @@ def test_what_is_no_size_is_one_line(text, said):
         parse_size(text, "--expert-memory")
     assert str(caught.value).startswith(f"--expert-memory: {said}")
     assert str(caught.value).endswith("such as 2GB or 512MB")
+
+
+@pytest.mark.parametrize("none", ["0", "0MB", 0])
+def test_nothing_is_a_size_where_it_is_allowed(none):
+    assert parse_size(none, "--kv-memory", zero=True) == 0
+
+
+def test_less_than_nothing_is_none():
+    with pytest.raises(ConfigError, match="--kv-memory: -1 is below 0; write a number"):
+        parse_size(-1, "--kv-memory", zero=True)

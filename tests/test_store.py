@@ -12,10 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moecl._scores import MOST_IN_R
 from moecl.config import Task, TaskConfig
 from moecl.errors import BusyError, StoreError, TaskError
-from moecl.results import Result
 from moecl.store import Store, TaskRecord, encode
 from store_parts import BASE, files, first, part, parts, record, same_bits
 
@@ -217,44 +215,18 @@ def test_the_manifest_has_a_task_a_line(store: Store) -> None:
 def test_card(store: Store) -> None:
     task = Task(name="x", kind="classification", labels={"a|b": "one", "c": "two"})
     store.commit([(TaskRecord(task=task, form="gated"), parts(1))])
-    store.keep_scores(Result(method="moe-cl", seed=0, tasks=["x"], R=[[0.5], [0.9]], seconds=1.0))
-    store.write_card()
+    store.write_card("| R |\n|---|\n| .9 |\n")
     card = (store.path / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: moecl\nbase_model: user/tiny\n")
     assert "| x | classification | a\\|b, c | accuracy | gated | 1 |" in card
-    assert "| after | x |\n|---|---|\n| (before any) | 0.500 |\n| x | 0.900 |\n" in card
-    assert "| average accuracy | 0.900 |\n" in card
-    assert "(BWT)" not in card, "of one task there is none"
-    assert store.scores().learned == {"x": {1: 0.9}}
+    assert "## Result\n\n<!-- result -->\n\n| R |\n|---|\n| .9 |\n\n<!-- result end -->\n\n## Use" in card
+    store.write_card()
+    assert (store.path / "README.md").read_text() == card, "a result stays"
     here = Store.create(store.path.parent / "other", BASE.model_copy(update={"id": "/models/tiny"}))
     here.write_card()
     card = (here.path / "README.md").read_text()
     assert "base_model" not in card
     assert "## Result" not in card
-    assert "/models" not in card
-    assert 'from_pretrained("path/to/this/folder", base="path/to/tiny")' in card
-
-
-def test_scores_of_a_store(store: Store) -> None:
-    """Of versions that it has; R where it can be read; one line where the file was altered."""
-    store.commit([(record(name), parts(1)) for name in "ab"])
-    result = Result(method="joint", seed=0, tasks=["a", "b"], R=[[0.1, 0.2], [None, None], [0.8, 0.9]], seconds=1.0)
-    store.keep_scores(result)
-    assert store.scores().learned == {"a": {1: 0.8}, "b": {1: 0.9}}, "learned together, in the last row"
-    store.commit([(record("a"), parts(2))])
-    store.keep_scores(Result(method="joint", seed=0, tasks=["a"], R=[[0.1], [0.7]], seconds=1.0))
-    assert store.scores().learned == {"a": {1: 0.8, 2: 0.7}, "b": {1: 0.9}}
-    store.delete("b")
-    names = [f"t{number}" for number in range(MOST_IN_R + 1)]
-    store.keep_scores(Result(method="x", seed=0, tasks=names, R=[[0.5] * len(names)] * (len(names) + 1), seconds=1.0))
-    found = store.scores()
-    assert found.R is None
-    assert found.metrics["average_accuracy"] == 0.5
-    assert found.learned == {"a": {1: 0.8, 2: 0.7}}
-    (store.path / "scores.json").write_text('{"format": 2}')
-    [problem] = store.verify()
-    assert problem.startswith(f"{store.path / 'scores.json'}: format: ")
-    assert problem.endswith("restore it from a copy of the store, or remove it")
 
 
 def test_a_reader_keeps_its_model_until_gc(store: Store) -> None:

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from moecl import session as session_module
+from moecl import settled as settled_module
 from moecl.config import StreamConfig, load_stream
 from moecl.data.encode import Encoder
 from moecl.engine import Engine
@@ -391,7 +392,7 @@ def test_nothing_else_is_said_or_written(tmp_path, tiny_folder, capfd, monkeypat
 
 
 def test_without_tensorboard_there_is_a_note(tmp_path, tiny_folder, monkeypatch):
-    monkeypatch.setattr(session_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(settled_module, "find_spec", lambda name: None)
     config = stream(tmp_path, tiny_folder, tasks=1, rows=8, train={**QUICK, "report_to": ["tensorboard"]})
     recorder = Recorder(tmp_path / "run")
     learn(config, tmp_path / "run", recorder)

@@ -1,12 +1,10 @@
 """Versions and aliases where a task is named: model, engine and further learning, after everything a store may see."""
 
-import getpass
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.utils import filter_repo_objects
 
 from moecl.bank import find
 from moecl.config import StreamConfig, load_stream
@@ -14,13 +12,14 @@ from moecl.engine import Engine
 from moecl.errors import StoreError, TaskError
 from moecl.model import MoECL
 from moecl.results import Result
-from moecl.router import Router
 from moecl.session import Session
 from moecl.store import Store
 from moecl.train import ContinualTrainer, learn
+from moecl.using import learned
 from test_learn import TRAIN, Notes, logits, new
 from tiny import tiny_batch
 from tiny_stream import write_stream
+from tiny_tasks import task
 
 
 @pytest.fixture(scope="module")
@@ -215,109 +214,56 @@ def test_a_rolled_back_live_version_stays_while_others_move(tmp_path, tiny_folde
 
 
 def test_a_store_on_the_hub_keeps_its_names(original, run, tmp_path, monkeypatch):
-    """What is loaded and saved again is the same: versions, aliases, objects, scores, routing; its log is its own."""
+    """A store's folder, uploaded as it is, answers by version and alias."""
     monkeypatch.setattr("moecl.model.snapshot_download", lambda name, **options: str(run / "store"))
     model = MoECL.from_pretrained("user/model")
     with torch.no_grad():
         assert torch.equal(model(**tiny_batch(), task="task0@prod").logits, logits(original[0] / "once", "task0"))
-    model.save_pretrained(tmp_path / "saved")
-    saved, source = Store.open(tmp_path / "saved"), Store.open(run / "store")
-    assert saved.manifest == source.manifest
-    assert saved.scores() == source.scores()
-    assert [line.what for _, line in saved.audit()] == ["create", "save"]
-    assert saved.verify() == []
-    again = MoECL.from_pretrained(tmp_path / "saved")
-    for name in ("task0", "task0@prod", "task1"):
-        with torch.no_grad():
-            assert torch.equal(again(**tiny_batch(), task=name).logits, model(**tiny_batch(), task=name).logits)
-    texts = ["love food", "worst price", "the sea"]
-    assert Router.load(again).route(texts) == Router.load(model, source).route(texts)
 
 
-def test_what_was_learned_since_is_added(run, tmp_path):
-    """As further versions and tasks, beside the router's statistics, also where the store has moved on."""
-    source = Store.open(run / "store")
-    source.retire("task1")
+# --- a copy ---
+
+
+def test_a_loaded_model_is_saved_with_all_its_versions(original, run, tmp_path):
+    *_, second = original
     model = MoECL.from_pretrained(run)
-    model.add_task(model.bank["task0"].task.model_copy(update={"name": "more"}))
-    model.add_task(model.bank["task0"].task.model_copy(update={"name": "task1"}))
-    before = source.manifest
-    source.promote("task0", "beta")
-    source.commit(training={})
-    model.save_pretrained(tmp_path / "saved")
-    saved = Store.open(tmp_path / "saved")
-    assert [one.reference for one in saved.manifest.tasks] == ["task0@1", "task1@1", "task0@2", "more@1", "task1@2"]
-    assert [one.reference for one in saved.tasks()] == ["task0@2", "more@1", "task1@2"]
-    assert saved.manifest.aliases == {"task0": {"prod": 1}}
-    assert saved.manifest.training["router"] == before.training["router"]
-    assert saved.manifest.training["shared"] == before.training["shared"], "nothing was trained"
-    assert saved.training()["discriminator"]["layers.0.discriminator"].shape[0] == 5
-    loaded = MoECL.from_pretrained(saved.path)
-    saved.commit(training={})
-    for _ in range(2):
-        with pytest.raises(StoreError, match="was changed after this model was loaded; load it again"):
-            loaded.save_pretrained(tmp_path / "late")
-    assert not (tmp_path / "late").exists()
+    model.save_pretrained(tmp_path / "copy")
+    store, copy = Store.open(run / "store"), Store.open(tmp_path / "copy")
+    assert copy.manifest == store.manifest
+    assert copy.verify() == []
+    assert [line.what for _, line in copy.audit()] == ["create", "save"], "whoever changed the original is not told"
+    card = (tmp_path / "copy" / "README.md").read_text()
+    assert "- task0@1, @prod" in card
+    assert all(f"{score:.3f}" in card for score in second.R[-1])
+    batch = tiny_batch()
+    again = MoECL.from_pretrained(tmp_path / "copy")
+    for name in ("task0", "task0@prod", "task1"):
+        assert torch.equal(again(**batch, task=name).logits, model(**batch, task=name).logits)
 
 
-def test_a_published_store_tells_nothing_of_its_machine(run, tmp_path, monkeypatch):
-    pushed = tmp_path / "pushed"
-    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", lambda token=None: Api(pushed))
-    MoECL.from_pretrained(run).push_to_hub("user/model", ignore_patterns="*.tmp")
-    names = {path.name for path in pushed.rglob("*") if path.is_file()}
-    assert not {"audit.jsonl", ".lock", "result.json", "config.yaml"} & names
-    manifest, card = (pushed / "manifest.json").read_text(), (pushed / "README.md").read_text()
-    store = Store.open(run / "store")
-    folder = Path(store.manifest.base.id)
-    for text in (manifest, card, (pushed / "scores.json").read_text()):
-        assert str(folder.parent) not in text
-        assert getpass.getuser() not in text
-    assert f'MoECL.from_pretrained("user/model", base="path/to/{folder.name}")' in card
-    assert "- `task0@1` is `task0@prod`" in card
-    assert "| (before any) | " in card
-    published = Store.open(pushed)
-    assert published.manifest.tasks == store.manifest.tasks
-    assert published.manifest.training == store.manifest.training
-    model = MoECL.from_pretrained(pushed, base=str(folder))
-    assert Router.load(model).tasks == ("task0", "task1")
+def test_what_is_learned_in_memory_joins_the_copy(run, tmp_path):
+    model = MoECL.from_pretrained(run)
+    model.add_task(task("later"))
+    model.finish_task()
+    model.save_pretrained(tmp_path / "copy")
+    store, copy = Store.open(run / "store"), Store.open(tmp_path / "copy")
+    assert copy.manifest.tasks[:-1] == store.manifest.tasks
+    assert copy.manifest.tasks[-1].reference == "later@1"
+    assert copy.manifest.aliases == store.manifest.aliases
+    assert copy.manifest.training.keys() == store.manifest.training.keys()
+    MoECL.from_pretrained(tmp_path / "copy").add_task(task("and_on"))
 
 
-class Api:
-    """The hub, as far as a push asks it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def create_repo(self, repo_id, **kwargs):
-        return type("Repo", (), {"repo_id": repo_id})
-
-    def upload_folder(self, *, folder_path, ignore_patterns, delete_patterns, **kwargs):
-        assert "*.tmp" in ignore_patterns
-        assert delete_patterns == ["objects/*", "training/*", "tmp/*"]
-        files = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
-        for name in filter_repo_objects(files, ignore_patterns=ignore_patterns):
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder_path / name, self.folder / name)
+def test_a_copy_of_what_is_damaged_is_refused(run, tmp_path):
+    model, store = MoECL.from_pretrained(run), Store.open(run / "store")
+    damaged = store.path / "objects" / f"{store.digests('task1')['task']}.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    with pytest.raises(StoreError, match=r"altered: .*needed by part 'task' of task 'task1'"):
+        model.save_pretrained(tmp_path / "copy")
 
 
-def test_what_was_deleted_does_not_leave(run, tmp_path):
-    source = Store.open(run / "store")
-    source.delete("task1")
-    assert "train.task1@1.mean" in source.training()["router"]
-    MoECL.from_pretrained(run).save_pretrained(tmp_path / "saved")
-    saved = Store.open(tmp_path / "saved")
-    whose = {name.split(".")[1] for name in saved.training()["router"] if "@" in name}
-    assert whose == {"task0@1", "task0@2"}
-    assert saved.scores().learned.keys() == {"task0"}
-    assert saved.manifest == source.manifest.model_copy(update={"training": saved.manifest.training})
-
-
-def test_rows_that_a_method_keeps_stay_at_home(tmp_path, tiny_folder):
-    method = {"name": "replay", "rank": 2}
-    config = load_stream(write_stream(tmp_path / "s", tiny_folder, rows=16, method=method, train=TRAIN))
-    ContinualTrainer(config, tmp_path / "run").run()
-    assert "ids" in Store.open(tmp_path / "run" / "store").training()["memory"], "texts, as tokens"
-    MoECL.from_pretrained(tmp_path / "run").save_pretrained(tmp_path / "saved")
-    saved = Store.open(tmp_path / "saved")
-    assert saved.training().keys() == {"router"}
-    assert torch.equal(logits(tmp_path / "saved", "task1"), logits(tmp_path / "run", "task1"))
+def test_an_older_version_keeps_its_score(original, run):
+    _, _, first, second = original
+    scores = {(row["task"], row["version"]): row["score"] for row in learned(run, everything=True)}
+    assert scores["task0", 1] == first.R[-1][0]
+    assert scores["task0", 2] == second.R[-1][second.tasks.index("task0")]

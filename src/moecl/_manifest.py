@@ -96,11 +96,6 @@ class TaskRecord(_Strict):
     def reference(self) -> str:
         return f"{self.name}@{self.version}"
 
-    @property
-    def expert(self) -> str:
-        """The sha256 of the task's own expert; of a form without one, of its first part."""
-        return self.parts.get("task", next(iter(self.parts.values())))
-
 
 class Manifest(_Strict):
     """All versions of all tasks, in the order in which they were learned."""
@@ -177,8 +172,8 @@ class Manifest(_Strict):
         aliases = self.aliases.get(name, {})
         if reference.alias not in aliases:
             raise TaskError(
-                f"task {name!r} has no alias {reference.alias!r}; its aliases are: {', '.join(aliases) or 'none yet'}"
-                f"{near(reference.alias, aliases)}"
+                f"task {name!r} has no alias {reference.alias!r}; its aliases are: "
+                f"{', '.join(aliases) or 'none yet, `moecl promote` makes one'}{near(reference.alias, aliases)}"
             )
         return versions[aliases[reference.alias]]
 

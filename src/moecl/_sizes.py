@@ -5,6 +5,7 @@ import re
 from moecl.errors import ConfigError
 
 EXPERT_MEMORY = 2 * 10**9  # bytes; some 150 tasks of a small base, and no burden to a laptop
+KV_MEMORY = 256 * 2**20  # bytes; some 6,000 tokens of a small base in fp32
 UNITS = {
     "b": 1,
     **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)},
@@ -14,8 +15,10 @@ UNITS = {
 REMEDY = "write a number and a unit without a space, such as 2GB or 512MB"
 
 
-def parse_size(value: str | int, field: str) -> int:
-    """Bytes, of a number of them or of a text such as 2GB, 1.5GiB or 512M. Raises ConfigError that names `field`.
+def parse_size(value: str | int, field: str, zero: bool = False) -> int:
+    """Bytes, of a number of them or of a text such as 2GB, 1.5GiB or 512M; 0 only where `zero` allows it.
+
+    Raises ConfigError that names `field`.
 
     >>> parse_size("2GB", "--expert-memory"), parse_size("1.5 kib", "--expert-memory"), parse_size(7, "expert_memory")
     (2000000000, 1536, 7)
@@ -31,7 +34,9 @@ def parse_size(value: str | int, field: str) -> int:
             what = f"has the unknown unit {unit!r:.60}" if unit else "has no unit"
             raise ConfigError(f"{field}: {value!r:.60} {what}; {REMEDY}")
         count = int(float(number) * UNITS.get(unit.lower(), 1))
-    if count <= 0:
+    if count < 0 and zero:
+        raise ConfigError(f"{field}: {value!r:.60} is below 0; {REMEDY}")
+    if count <= 0 and not zero:
         raise ConfigError(f"{field}: {value!r:.60} leaves no room for an expert; {REMEDY}")
     return count
 

@@ -1,6 +1,8 @@
 """The bank: what answers for each task, and how it comes out of a store."""
 
 import copy
+import hashlib
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
@@ -18,11 +20,11 @@ from moecl.config import Task
 from moecl.errors import BaseError, StoreError, TaskError, near
 from moecl.method_config import MoECLConfig
 from moecl.nn.call import Parts
-from moecl.nn.forms import FORMS, from_tensors, to_tensors
+from moecl.nn.forms import FORMS, from_tensors
 from moecl.nn.fused import Packed
-from moecl.nn.lora import Expert, Gate, Geometry
+from moecl.nn.lora import Geometry
 from moecl.nn.moe_ffn import Gated
-from moecl.store import ROUTER, BaseInfo, Manifest, Store, TaskRecord, encode
+from moecl.store import BaseInfo, Manifest, Store, TaskRecord
 
 OURS = MoECLConfig.model_fields["name"].default
 Key = tuple[str, ...]  # what an object is read as, and its digest
@@ -47,8 +49,14 @@ class Entry:
     `name` is what the bank knows it by: the task's name, or `NAME@VERSION` for a version that was asked for.
     """
 
-    def __init__(self, task: Task, parts: Parts | Callable[[], Parts], name: str | None = None) -> None:
-        self.task, self._parts, self.name = task, parts, name or task.name
+    def __init__(
+        self,
+        task: Task,
+        parts: Parts | Callable[[], Parts],
+        name: str | None = None,
+        digest: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self.task, self._parts, self.name, self._digest = task, parts, name or task.name, digest
 
     @property
     def parts(self) -> Parts:
@@ -59,6 +67,11 @@ class Entry:
     def held(self) -> Parts | None:
         """The parts, where they are not a store's."""
         return self._parts if isinstance(self._parts, Parts) else None
+
+    @property
+    def digest(self) -> str | None:
+        """The sha256 of all that the parts are made of; None where they are not a store's, or move on."""
+        return self._digest()
 
 
 class Loaded:
@@ -110,7 +123,6 @@ class Bank(MutableMapping[str, Entry]):
         self.moving: Mapping[str, nn.Module] = {}
         self._entries: dict[str, Entry] = {}
         self._versions: dict[str, Entry] = {}  # those that were asked for
-        self._expected: dict[tuple[Any, int], dict[str, int]] = {}
         self._store: Store | None = None
         self._manifest: Manifest | None = None
         self._like = torch.empty(0, device=device)  # where loaded parts go, and in which dtype
@@ -133,11 +145,6 @@ class Bank(MutableMapping[str, Entry]):
         if "@" in name or (self._manifest is not None and name in self._manifest.retired):
             self.named(name)
 
-    @property
-    def source(self) -> tuple[Store, Manifest] | None:
-        """The store whose tasks were taken, and its manifest as it was then."""
-        return None if self._store is None or self._manifest is None else (self._store, self._manifest)
-
     def named(self, name: str) -> TaskRecord:
         """The record that `name` names in the store whose tasks were taken. Raises TaskError."""
         if self._manifest is None:
@@ -145,6 +152,10 @@ class Bank(MutableMapping[str, Entry]):
                 f"task {name!r:.100}: versions and aliases are a store's; this model was not loaded from one"
             )
         return self._manifest.record(name)
+
+    def copy_store(self, path: str | Path) -> Store | None:
+        """A copy of the store whose tasks were taken, as it was then; None where there was none. Raises StoreError."""
+        return None if self._store is None else self._store.copy_to(path, self._manifest)
 
     def __setitem__(self, name: str, entry: Entry) -> None:
         self._entries[name] = entry
@@ -161,8 +172,7 @@ class Bank(MutableMapping[str, Entry]):
     def take(self, store: Store, records: Iterable[TaskRecord] | None = None) -> None:
         """Put a store's tasks in (these; or all, and none that it has no more).
 
-        Raises StoreError for what can be seen without reading the objects. An object whose size is not the expected one
-        is read at once, to tell what is wrong with it.
+        Raises StoreError for what can be seen without the objects: a damaged one fails its tasks when they are used.
         """
         if records is None:
             records = store.tasks()
@@ -177,24 +187,20 @@ class Bank(MutableMapping[str, Entry]):
     def _entry(self, store: Store, record: TaskRecord, name: str) -> Entry:
         if (form := FORMS.get(record.form)) is None:
             raise StoreError(f"{store.path}: task {record.name!r} has the form {record.form!r}; upgrade moecl")
-        labels = len(record.task.labels or ()) if record.task.head == "classifier" else 0
-        expected = self._sizes(record.settings.get("rank"), labels)
-        for part, digest in record.parts.items():
-            if store.size(digest) != expected.get(part.partition("-")[0], store.size(digest)):
-                self._part(store, record, part)
-        wanted = {*form.needs, *(["head"] if labels else [])}
+        wanted = {*form.needs, *(["head"] if record.task.head == "classifier" else [])}
         scaled = form is FORMS["weights"] or isinstance(record.settings.get("scale"), int | float)
         if {part for part in record.parts if not part.startswith("lora-")} != wanted or not scaled:
             raise StoreError(
                 f"{store.path}: task {record.name!r} has the parts {', '.join(record.parts)}, not "
                 f"{', '.join(sorted(wanted))} and a scale; restore the store from a copy"
             )
-        return Entry(record.task, partial(self._parts, store, record), name)
+        return Entry(record.task, partial(self._parts, store, record), name, partial(self._digest, record))
 
-    def _sizes(self, rank: Any, labels: int) -> dict[str, int]:
-        if (rank, labels) not in self._expected:
-            self._expected[rank, labels] = object_sizes(self.geometry, rank, labels)
-        return self._expected[rank, labels]
+    def _digest(self, record: TaskRecord) -> str | None:
+        if record.live and self.moving:
+            return None
+        made_of = {"form": record.form, "settings": record.settings, "parts": record.parts}
+        return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
     def emptied(self) -> "Bank":
         """A bank without tasks, for another version of the same store: what is loaded is loaded for both."""
@@ -242,17 +248,6 @@ def size(part: nn.Module | Packs) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in part.parameters())
 
 
-def object_sizes(geometry: Geometry, rank: Any, labels: int) -> dict[str, int]:
-    """Bytes of a task's objects, by part (that of `lora-2` is `lora`); of an expert only where the rank is known."""
-    head = nn.Linear(geometry.hidden_size, labels, bias=False) if labels else None
-    expert = Expert(geometry, rank if isinstance(rank, int) else 1)
-    sizes = {
-        part: len(encode(found)) for part, found in to_tensors(Gated(expert, expert, Gate(geometry), 1.0, head)).items()
-    }
-    sizes["lora"] = sizes["task"]
-    return {part: size for part, size in sizes.items() if part in ("gate", "head") or isinstance(rank, int)}
-
-
 def find(bank: Mapping[str, Entry], name: str) -> Entry:
     if (entry := bank.get(name)) is None:
         if isinstance(bank, Bank):
@@ -269,31 +264,6 @@ def settings_of(store: Store) -> tuple[MoECLConfig, int]:
     ours = MoECLConfig.model_fields if known.get("method") in (None, OURS) else ("adapt_layers",)
     fields: Any = {name: known[name] for name in ours if name in known}
     return MoECLConfig(**fields), int(known.get("seed", 0))  # type: ignore[arg-type]
-
-
-def carried(store: Store) -> dict[str, dict[str, Tensor]]:
-    """What goes with a copy of a store's state for further learning: MoE-CL's, and the router's statistics.
-
-    That of other methods serves `moecl learn` in its run alone, and may hold rows (replay's). What is a deleted
-    task's or version's own stays, too. Raises StoreError.
-    """
-    records = store.manifest.tasks
-    ours = not records or records[-1].settings.get("method") in (None, OURS)
-    state = store.training() if ours else store.training(ROUTER)
-    own = {"keys": {record.name for record in records}, ROUTER: {record.reference for record in records}}
-    for name in state.keys() & own.keys():
-        state[name] = {key: tensor for key, tensor in state[name].items() if _whose(key, name) in {"", *own[name]}}
-    return state
-
-
-def _whose(key: str, name: str) -> str:
-    """The task or version that a tensor is of; "" of what all have in common.
-
-    >>> _whose("reviews", "keys"), _whose("train.reviews@2.mean", "router"), _whose("train.scatter", "router")
-    ('reviews', 'reviews@2', '')
-    """
-    of = key.partition(".")[2].rpartition(".")[0] if name == ROUTER else key
-    return of if name != ROUTER or "@" in of else ""
 
 
 def check_same_base(store: Store, found: BaseInfo) -> None:

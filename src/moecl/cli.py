@@ -249,10 +249,11 @@ def predict(
 ) -> None:
     """Answer texts: one JSON object a row, in order.
 
-    Each has the `label` and the `scores` of all labels; for a generation task `label` is the text that was written.
-    What answered is named by `task`, `version` and `expert`, its sha256. A row's own label, where it has one, comes
-    back as `true`. `decision` is the label, or `review` for a human.
-    `--task auto`: each text finds its task (null, as `label`, for a text of none); lines also have `route`.
+    Each has the `label`, the `scores` of all labels, and the `task` and `version` that answered; for a generation task
+    `label` is the text that was written. A row's own label, where it has one, comes back as `true`. `decision` is the
+    label, or `review` for a human, where there are thresholds. Texts longer than the task's max_length are cut as they
+    were when it was learned. `--task auto`: each text finds its task (null, as `label`, for a text of none), and
+    `route` has each task's share.
     """
     if file is None and sys.stdin.isatty():
         err.print("rows from the terminal, one a line; Ctrl-D ends", style="dim")

@@ -64,6 +64,7 @@ def compare(
     """
     from moecl.compare import Comparison, compare_tasks, compare_texts, failed, read_result, to_json
     from moecl.config import AUTO
+    from moecl.using import not_as_tested
 
     if strict and confident:
         raise ConfigError("--strict, --confident: they contradict each other; give one")
@@ -72,7 +73,8 @@ def compare(
     if route is not None and (route != AUTO or general is None):
         raise ConfigError("--route: it is auto or not given, and needs --general FILE")
     decides: Decides = "strict" if strict else "confident" if confident else "point"
-    tasks = compare_tasks(read_result(old), read_result(new), max_drop, decides)
+    before, after = read_result(old), read_result(new)
+    tasks = compare_tasks(before, after, max_drop, decides, not_as_tested(new, after))
     texts = None
     if general is not None:
         texts = compare_texts(*predicted(general, old, new, device, route), max_drop, decides)

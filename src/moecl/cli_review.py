@@ -79,11 +79,12 @@ def gathered(
     run: Path | None, validation: Path | None, test: Path | None, tasks: list[str]
 ) -> "tuple[dict[str, Pair], dict[str, str]]":
     from moecl.review_rows import of_files, of_run
+    from moecl.using import not_as_tested
 
     if run is not None:
         if validation or test:
             raise ConfigError(f"--{'validation' if validation else 'test'}: is for rows without a run; leave {run} out")
-        return of_run(run, tasks)
+        return of_run(run, tasks, not_as_tested(run))
     if validation is None or test is None:
         lacking = "RUN" if not (validation or test) else "--test" if validation else "--validation"
         raise ConfigError(f"{lacking}: missing; give a run folder, or files with --validation and --test")

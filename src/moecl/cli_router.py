@@ -92,7 +92,7 @@ def show_routing(console: Console, found: "Routing") -> None:
         table.add_row(one.task, one.metric, *map(show_score, scores))
     console.print(table)
     if found.threshold is None:
-        say(console, "nothing is unknown: that takes three tasks, each to be left out in turn")
+        say(console, "unknown: only what lies far from all tasks; more takes three tasks, each to be left out in turn")
         return
     say(
         console,

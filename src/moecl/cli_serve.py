@@ -39,6 +39,12 @@ def serve(
     ] = None,
     device: Device = "auto",
     expert_memory: ExpertMemory = "2GB",
+    kv_memory: Annotated[
+        str,
+        typer.Option(
+            "--kv-memory", metavar="SIZE", help="Memory for what was read: a next turn reads only what is new; 0 off."
+        ),
+    ] = "256MiB",
     queue: Annotated[int, typer.Option("--queue", metavar="ROWS", help="Rows under way at once; more get 429.")] = 256,
     wait: Annotated[float, typer.Option("--wait", metavar="MS", help="How long a row waits for others.")] = 3.0,
     timeout: Annotated[float, typer.Option("--timeout", metavar="S", help="What a request may take.")] = 60.0,
@@ -69,6 +75,7 @@ def serve(
         thresholds=thresholds,
         device=device,
         expert_memory=expert_memory,
+        kv_memory=parse_size(kv_memory, "--kv-memory", zero=True),
         queue=queue,
         wait_ms=wait,
         timeout=timeout,

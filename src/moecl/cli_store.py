@@ -12,7 +12,7 @@ from rich.console import Console
 
 from moecl._sizes import size
 from moecl.cli_options import AsJson, Device, RunOrStore
-from moecl.errors import ConfigError, MoECLError
+from moecl.errors import ConfigError, MoECLError, TaskError
 from moecl.terminal import Command, quietly
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ def tasks(
 ) -> None:
     """List what a run has learned.
 
-    `learned` is a version's score when it was learned, `score` that at the end of the run, where it was tested then.
-    A sha256 is that of the task's own expert.
+    The score is that of the end of the run, and a sha256 that of the task's own expert.
     """
     from moecl.show_store import show_tasks
     from moecl.using import learned
@@ -58,6 +57,9 @@ def promote(
     """
     with changing(run) as store:
         if remove:
+            if "@" in task:
+                name = task.partition("@")[0]
+                raise TaskError(f"task {task!r}: an alias is a task's, not a version's; give {name} alone")
             store.remove_alias(task, alias)
             done(f"{task}@{alias} is no more")
         else:
@@ -166,9 +168,13 @@ def log(
     from moecl.show_store import show_log
     from moecl.using import open_store
 
+    every = list(open_store(run).audit())
+    known = {change.task for _, line in every if line is not None for change in line.changes}
+    if task is not None and task not in known:
+        raise TaskError(f"--task: nothing was done to {task!r}; the log tells of {', '.join(sorted(known))}")
     lines = [
         (number, line)
-        for number, line in open_store(run).audit()
+        for number, line in every
         if task is None or (line is not None and task in {change.task for change in line.changes})
     ]
     if as_json:

@@ -4,8 +4,9 @@ The difference of a task is paired over its test rows (stats.py), which both run
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -93,13 +94,23 @@ def read_result(path: Path) -> Result:
     return Result.load(path)
 
 
-def compare_tasks(old: Result, new: Result, max_drop: float, decides: Decides) -> list[TaskChange]:
-    """Every task of OLD, then those that NEW added. Raises RunError where items are missing, or are of other rows."""
+def compare_tasks(
+    old: Result, new: Result, max_drop: float, decides: Decides, gone: Mapping[str, str] = MappingProxyType({})
+) -> list[TaskChange]:
+    """Every task of OLD, then those that NEW added; `gone` are tasks that fail as NEW does not answer as it was tested.
+
+    Raises RunError where items are missing, or are of other rows.
+    """
     _check(max_drop)
     for side, result in (("OLD", old), ("NEW", new)):
         _check_items(result, side)
     return [
-        *(_change(old, new, task, max_drop, decides) for task in old.tasks),
+        *(
+            _only(old, task, "fail", f"{gone[task]} in NEW")
+            if task in gone and task in old.items
+            else _change(old, new, task, max_drop, decides)
+            for task in old.tasks
+        ),
         *(_only(new, task, None, "not in OLD") for task in new.tasks if task not in old.tasks),
     ]
 

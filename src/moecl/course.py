@@ -51,6 +51,7 @@ class Progress:
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
     items: dict[str, dict[str, Any]] = field(default_factory=dict)  # the result's, once the last row is measured
+    superseded: dict[str, float | None] = field(default_factory=dict)  # the result's
     seconds: float = 0.0
     resumed: int = 0
     reopened: dict[str, Any] | None = None  # run_folder's: what the run was before it had more to learn

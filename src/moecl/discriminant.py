@@ -5,7 +5,8 @@
 m_t is the mean of task t's training rows, c the mean of these means, C the covariance within tasks. C is what the
 scatters of all tasks come to, shrunk towards its diagonal by the oracle-approximating amount (Chen, Wiesel, Eldar and
 Hero 2010, arXiv 0907.4698), taken of correlations, so that a feature's unit does not matter. How familiar a row is says
-the cosine, under C^-1, of x - c with the nearest m_t - c: rows of no task have no reason to point at one.
+the cosine, under C^-1, of x - c with the nearest m_t - c: rows of no task have no reason to point at one. And a row
+that lies farther from the mean of its likeliest task than one in a thousand of that task's rows is of no task at all.
 
 Temperature and threshold need rows that the means were not taken of, and rows of no task. The first are drawn: around
 the mean of each task's validation rows, correlated as all of these are, as far away and as unevenly as its own are. The
@@ -26,6 +27,7 @@ DRAWN = 4096  # rows drawn to calibrate with, all tasks together; at least LEAST
 LEAST_DRAWN = 16
 TEMPERATURES = np.geomspace(0.25, 64.0, 49)
 LEAST_TASKS = 3  # below which leaving one out leaves nothing to tell apart
+FAR = 3.1  # standard deviations of the logarithms of a task's distances: one normal draw in a thousand is above
 
 
 @dataclass
@@ -149,13 +151,22 @@ class Discriminant:
         cosines = np.divide(along, lengths, out=np.zeros_like(along), where=lengths > 0)
         return along - self.lengths**2 / 2, cosines.max(axis=1)
 
+    def away(self, white: Floats, places: NDArray[np.intp]) -> Floats:
+        """Of white rows [n, D] the squared distance [n] from the mean of the task at each one's place [n]."""
+        found: Floats = ((white - self.means[places]) ** 2).sum(axis=1)
+        return found
+
 
 @dataclass(frozen=True)
 class Calibration:
-    """How scores become probabilities, and below which familiarity a row is of no task; None: every row is of one."""
+    """How scores become probabilities, and below which familiarity a row is of no task; None: every row is of one.
+
+    `reach` [tasks]: the squared distance from a task's mean beyond which a row is not the task's.
+    """
 
     temperature: float
     threshold: float | None
+    reach: Floats
 
 
 def calibrate(found: Discriminant, drawn: Sequence[Floats], false_accept: float) -> Calibration:
@@ -166,10 +177,20 @@ def calibrate(found: Discriminant, drawn: Sequence[Floats], false_accept: float)
     """
     scores = [found.see(rows)[0] for rows in drawn]
     temperature = float(min(TEMPERATURES, key=lambda one: surprise(scores, one)))
+    away = [found.away(rows, np.full(len(rows), place)) for place, rows in enumerate(drawn)]
+    reach = np.array([reach_of(one) for one in away])
     if len(found.tasks) < LEAST_TASKS:
-        return Calibration(temperature, None)
+        return Calibration(temperature, None, reach)
     strange = [found.without(task).see(rows)[1] for task, rows in zip(found.tasks, drawn, strict=True)]
-    return Calibration(temperature, float(np.quantile(np.concatenate(strange), 1 - false_accept)))
+    return Calibration(temperature, float(np.quantile(np.concatenate(strange), 1 - false_accept)), reach)
+
+
+def reach_of(away: Floats) -> float:
+    """What almost no squared distance [n] of a task exceeds: they are log-normal. Infinite where they do not tell."""
+    if len(away) < 2 or not away.all():
+        return float("inf")
+    logs = np.log(away)
+    return float(np.exp(logs.mean() + FAR * logs.std()))
 
 
 def surprise(scores: Sequence[Floats], temperature: float) -> float:

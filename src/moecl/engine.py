@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from moecl._sizes import KV_MEMORY, parse_size
 from moecl.bank import Entry, find
 from moecl.config import Task
 from moecl.data.encode import Encoded, Encoder, token_batches
 from moecl.data.task import Example
 from moecl.errors import BaseError, DataError, TaskError
 from moecl.generation import Completion, Decoder, Sampling, Writing
+from moecl.kv_prefix import KVPrefixes
 from moecl.labels import Trie, padded_paths
 from moecl.model import MoECL, TaskNames
 from moecl.nn.call import Call, run_with
@@ -66,7 +68,13 @@ class Engine:
         bank: Mapping[str, Entry] | None = None,
         batch_tokens: int | None = None,
         prefixes: Prefixes | None = None,
+        kv_memory: int | str = KV_MEMORY,
     ) -> None:
+        """`kv_memory`: bytes, or "256MiB", for keys and values of texts that were written; 0 keeps none.
+
+        A prompt that begins like one of them under the same expert of a store is read from there on: the same text but
+        for rounding, which then depends on what was asked before.
+        """
         found = tokenizer or model.tokenizer
         if found is None:
             raise BaseError("base: no tokenizer; give Engine(model, tokenizer=...)")
@@ -74,13 +82,14 @@ class Engine:
         self.bank = model.bank if bank is None else bank
         self.batch_tokens = batch_tokens or BATCH_TOKENS
         self.prefixes = prefixes  # for answers of one forward; a KV cache needs every layer
+        self.kv = KVPrefixes(parse_size(kv_memory, "kv_memory", zero=True))
         self.longest: dict[tuple[str, str], int] = {}  # tokens of a split's longest answer, which evaluation asks for
         self.gates: GateUse | None = None  # if given, told of every batch
         self._encoders: dict[str, Encoder] = {}
         self._tries: dict[Encoder, Trie] = {}
 
     def over(self, bank: Mapping[str, Entry]) -> "Engine":
-        """This engine over another bank; what it has encoded of tasks is shared."""
+        """This engine over another bank; what it has encoded of tasks and kept of texts is shared."""
         other = copy.copy(self)
         other.bank = bank
         return other
@@ -88,8 +97,13 @@ class Engine:
     def watched(self, gates: GateUse) -> "Engine":
         """This engine telling `gates` of what it answers; the answers are the same."""
         other = copy.copy(self)
-        other.gates = gates
+        other.gates, other.kv = gates, KVPrefixes(0)  # gates are seen where a token is read
         return other
+
+    @property
+    def kv_tokens_reused(self) -> int:
+        """Tokens of prompts that were not read again, so far."""
+        return self.kv.reused
 
     def encoder(self, task: Task) -> Encoder:
         key = task.model_dump_json()
@@ -183,11 +197,12 @@ class Engine:
             one = as_example(row, entry.task, f"row {place + 1}")
             [request] = self.requests([one], name, how.max_new_tokens)
             writings.append(self.writing(request, how))
-        yield from self._written(writings)
+        yield from self._written(writings, self.decoder())
 
     def write(self, requests: Sequence[Request], sampling: Sequence[Sampling]) -> list[Completion]:
+        """Each read whole: what a score is made of does not depend on what was asked before."""
         writings = [self.writing(*pair) for pair in zip(requests, sampling, strict=True)]
-        for _ in self._written(writings):
+        for _ in self._written(writings, self.decoder(KVPrefixes(0))):
             pass
         return [writing.completion() for writing in writings]
 
@@ -199,13 +214,13 @@ class Engine:
         positions = getattr(self.model.base.config, "max_position_embeddings", None) or sys.maxsize
         return Writing(request, sampling, self.tokenizer, positions - len(request.row.input_ids))
 
-    def decoder(self) -> Decoder:
-        return Decoder(self.model, self.pad_id, self.batch_tokens, MAX_ROWS)
+    def decoder(self, kv: KVPrefixes | None = None) -> Decoder:
+        return Decoder(self.model, self.pad_id, self.batch_tokens, MAX_ROWS, self.kv if kv is None else kv)
 
-    def _written(self, writings: Sequence[Writing]) -> Iterator[tuple[int, str | Completion]]:
+    def _written(self, writings: Sequence[Writing], decoder: Decoder) -> Iterator[tuple[int, str | Completion]]:
         """Rows in turn, the longest first; one that ends makes room for the next."""
         place_of = {id(writing): place for place, writing in enumerate(writings)}
-        waiting, decoder = deque(sorted(writings, key=lambda one: -one.length)), self.decoder()
+        waiting = deque(sorted(writings, key=lambda one: -one.length))
         while waiting or decoder.cohorts:
             joining: list[Writing] = []
             while waiting and decoder.has_room([*joining, waiting[0]]):
@@ -213,7 +228,7 @@ class Engine:
             moved = decoder.join(joining, self._run) if joining else decoder.step()
             for writing in moved:
                 if news := writing.news():
-                    yield place_of[id(writing)], news
+                    yield place_of[id(writing)], news.text
                 if writing.reason is not None:
                     yield place_of[id(writing)], writing.completion()
 

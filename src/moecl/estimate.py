@@ -31,14 +31,16 @@ from moecl.engine import Engine
 from moecl.evaluate import evaluate_task, prompts
 from moecl.methods.base import Method
 from moecl.model import MoECL
-from moecl.overhead import router_seconds, starts_seconds
 from moecl.prefix import Prefixes
-from moecl.session import asked_for, attach, attach_method, resolve
+from moecl.router import MOST_ROWS, Features, Statistics
+from moecl.session import asked_for, texts
+from moecl.settled import attach, attach_method, resolve
 from moecl.store import encode
 from moecl.task_trainer import Learner
 
 SCRATCH_TOKENS = 4096  # of the step that is timed, padding included
 SCRATCH_ANSWERS = 32
+SCRATCH_TEXTS = 8  # that are read as the router does
 COPIES = 5  # of a trained number: itself, its gradient, AdamW's two moments and the best step's value
 
 
@@ -80,16 +82,11 @@ def course(data: TaskData, config: StreamConfig, engine: Engine, tokens: Derived
 def estimate(
     model: MoECL, method: Method, config: StreamConfig, courses: Sequence[Course], process: int = 0
 ) -> dict[str, Any]:
-    """Seconds of training, testing, reading for the router and choosing starts; bytes of memory at the peak by what
-    takes them; bytes of disk a task.
+    """Seconds of training and of testing, bytes of memory at the peak by what takes them, bytes of disk a task.
 
     Uses up `method`. `process`: bytes that were taken before the base was loaded.
     """
     answering = [seconds_a_row(model, config, course) for course in courses]
-    beside = {
-        "router_seconds": router_seconds(model, config, courses),
-        "starts_seconds": starts_seconds(model, config, courses),
-    }
     first = courses[0]
     model.bank[first.name] = Entry(first.task, method.begin(first.task))
     trained = sum(p.numel() for group in method.groups().values() for p in group)
@@ -102,6 +99,7 @@ def estimate(
         )
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    routing = routing_seconds(model, config, courses)
     step, kept = scratch_step(Learner(model, method, first.task), batch)
     finished = method.finish()
     stored = {part: len(encode(tensors)) for part, tensors in finished.tensors.items()}
@@ -121,9 +119,8 @@ def estimate(
         for place, (seconds, one) in enumerate(zip(answering, courses, strict=True))
     )
     return {
-        "training_seconds": step / tokens * sum(total for total, _ in plans) + filling,
+        "training_seconds": step / tokens * sum(total for total, _ in plans) + filling + routing,
         "evaluation_seconds": answers - spared,
-        **beside,
         "memory_bytes": memory,
         "peak_bytes": sum(memory.values()),
         "task_bytes": own,
@@ -131,6 +128,21 @@ def estimate(
         "how": f"from a scratch step of {tokens} tokens and a few answers on {config.train.device} in "
         f"{config.train.precision}, +-50 %",
     }
+
+
+def routing_seconds(model: MoECL, config: StreamConfig, courses: Sequence[Course]) -> float:
+    """What the router's reading of the rows takes, where nothing is in the cache."""
+    if not config.router or model.tokenizer is None:
+        return 0.0
+    splits = [split for course in courses for split in texts(course) if split]
+    some = [split[0] for split in splits][:SCRATCH_TEXTS]
+    geometry = model.geometry
+    layer = Statistics.empty(geometry.hidden_size, geometry.num_layers).layer
+    features = Features(model, model.tokenizer, layer)
+    features(some)  # the first time is slower
+    started = time.perf_counter()
+    features(some)
+    return (time.perf_counter() - started) / len(some) * sum(min(len(split), MOST_ROWS) for split in splits)
 
 
 def prefix_savings(

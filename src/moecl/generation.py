@@ -1,11 +1,11 @@
 """Writing texts token by token: rows of many tasks in one batch, which they join and leave between any two steps.
 
-Each row is sampled with a generator of its own, so that its text does not depend on its neighbours. Keys and values of
-a prompt are never used for another row: they depend on the expert that made them.
+Each row is sampled with a generator of its own, so that its text does not depend on its neighbours. What is kept of the
+keys and values of earlier texts (`kv_prefix.py`) is read in the place of a prompt's beginning.
 """
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
 
 from moecl.errors import ConfigError
+from moecl.kv_prefix import Known, KVPrefixes, lasting, padded_cache, plain, row_layers
 from moecl.model import MoECL
 from moecl.nn.call import Call, Parts, run_with
 from moecl.request import Request, last_only, left_padded, parts_of
@@ -76,6 +76,14 @@ class Completion:
     logprobs: tuple[Token, ...] = ()
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What came to a text, and the tokens that were written since the last piece, where their log p is asked for."""
+
+    text: str
+    logprobs: tuple[Token, ...] = ()
+
+
 class Writing:
     """One row and what is written of it so far."""
 
@@ -84,17 +92,22 @@ class Writing:
         self.request, self.sampling, self.tokenizer = request, sampling, tokenizer
         self.limit = min(sampling.max_new_tokens, most)
         self.parts: Parts | None = None  # from the first step on the same ones, whatever becomes of the task
+        self.kept_as: Hashable = None  # whose keys and values its own are; None for those that serve no other row
         self.ids: list[int] = []
         self.logprobs: list[Token] = []
         self.reason: Reason | None = None
         self.text = ""
-        self._told = 0
+        self._told = self._listed = 0
         self._draws = torch.Generator().manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.request.row.input_ids
 
     @property
     def length(self) -> int:
         """Tokens, at most."""
-        return len(self.request.row.input_ids) + self.limit
+        return len(self.prompt) + self.limit
 
     def take(self, logits: Tensor, best: int) -> None:
         """One more token by its logits [V], of which `best` has the greatest."""
@@ -117,19 +130,20 @@ class Writing:
     def _end(self, reason: Reason) -> None:
         self.reason, self.text = reason, self.text.rstrip()
 
-    def news(self) -> str:
-        """What is certain to stay of the text and was not told before."""
+    def news(self) -> Piece | None:
+        """What is certain to stay of the text and was not told before; None where that is nothing."""
         text = self.text if self.reason else settled(self.text, self.sampling.stop)
         text = text.lstrip()
-        fresh = text[self._told :]
-        self._told = max(self._told, len(text))
-        return fresh
+        if not (fresh := text[self._told :]):
+            return None
+        logprobs = tuple(self.logprobs[self._listed :])
+        self._told, self._listed = len(text), len(self.logprobs)
+        return Piece(fresh, logprobs)
 
     def completion(self) -> Completion:
         assert self.reason is not None
-        prompt = len(self.request.row.input_ids)
         name = self.request.entry.name
-        return Completion(name, self.text.strip(), self.reason, prompt, len(self.ids), tuple(self.logprobs))
+        return Completion(name, self.text.strip(), self.reason, len(self.prompt), len(self.ids), tuple(self.logprobs))
 
 
 def draw(logits: Tensor, sampling: Sampling, draws: torch.Generator) -> int:
@@ -179,9 +193,10 @@ class Cohort:
 class Decoder:
     """The rows being written. `join` reads prompts and writes a first token of each, `step` one more of all."""
 
-    def __init__(self, model: MoECL, pad_id: int, batch_tokens: int, max_rows: int) -> None:
-        self.model, self.pad_id = model, pad_id
+    def __init__(self, model: MoECL, pad_id: int, batch_tokens: int, max_rows: int, kv: KVPrefixes) -> None:
+        self.model, self.pad_id, self.kv = model, pad_id, kv
         self.batch_tokens, self.max_rows = batch_tokens, max_rows
+        self.lasting = lasting(model.base.config)
         self.cohorts: list[Cohort] = []
 
     @property
@@ -199,20 +214,47 @@ class Decoder:
         self, rows: Sequence[Writing], run: Callable[[Call], AbstractContextManager[None]] = run_with
     ) -> list[Writing]:
         """The rows, each with its first token. Raises StoreError where parts cannot be loaded; none has joined then."""
-        requests = [row.request for row in rows]
-        parts = parts_of(requests)
-        for row, own in zip(rows, parts, strict=True):
-            row.parts = own
-        inputs, call = left_padded(self.model, requests, parts, self.pad_id)
-        call.answers = last_only(inputs["input_ids"])
-        with run(call):
-            output = self.model.base(**inputs, use_cache=True)
-        cohort = Cohort(list(rows), call, inputs["attention_mask"], output.past_key_values)
-        call.answers = call.gate_use = None
-        take(cohort.rows, output.logits)
-        self.cohorts.append(cohort)
+        for row, parts in zip(rows, parts_of([row.request for row in rows]), strict=True):
+            row.parts, row.kept_as = parts, self._kept_as(row.request, parts)
+        known = [self.kv.find(row.kept_as, row.prompt) for row in rows]
+        read = [self._read(some, run) for some in apart(rows, known)]
+        for cohort, logits in read:  # once none can fail
+            take(cohort.rows, logits)
+            self.cohorts.append(cohort)
         self._settle()
         return list(rows)
+
+    def _kept_as(self, request: Request, parts: Parts) -> Hashable:
+        """All that a token's keys and values depend on beside the tokens up to it; None where on more."""
+        digest = request.entry.digest
+        if digest is None or parts.reads_query or not self.lasting:
+            return None
+        return digest, str(self.model.device), self.model.base.dtype
+
+    def _read(
+        self, rows: Sequence[tuple[Writing, Known]], run: Callable[[Call], AbstractContextManager[None]]
+    ) -> tuple[Cohort, Tensor]:
+        """Prompts in one forward; the logits [B, V] behind them.
+
+        All are read from the same place before their ends, so that their left padding stays in one piece.
+        """
+        own, known = [row for row, _ in rows], [one for _, one in rows]
+        parts = [row.parts for row in own if row.parts is not None]
+        inputs, call = left_padded(self.model, [row.request for row in own], parts, self.pad_id)
+        mask, cache = inputs["attention_mask"], None
+        last = max(len(row.prompt) - one.tokens for row, one in rows)
+        if (before := mask.shape[1] - last) > 0:
+            tokens = [max(0, len(row.prompt) - last) for row in own]
+            cache = padded_cache(known, tokens, before)
+            inputs |= {name: inputs[name][:, before:] for name in ("input_ids", "position_ids")}
+            call.attention_mask = mask[:, before:]
+        call.answers = last_only(inputs["input_ids"])
+        with run(call):
+            output = self.model.base(**inputs, past_key_values=cache, use_cache=True)
+        if cache is not None:
+            self.kv.reused += sum(tokens)
+        call.answers = call.gate_use = None
+        return Cohort(own, call, mask, output.past_key_values), output.logits
 
     @torch.inference_mode()
     def step(self) -> list[Writing]:
@@ -244,6 +286,8 @@ class Decoder:
         kept: list[Cohort] = []
         for cohort in self.cohorts:
             places = [place for place, row in enumerate(cohort.rows) if row.reason is None]
+            if plain(cohort.cache):
+                self._remember(cohort)
             if not places:
                 continue
             if len(places) < len(cohort.rows):
@@ -253,6 +297,14 @@ class Decoder:
             else:
                 kept.append(cohort)
         self.cohorts = kept
+
+    def _remember(self, cohort: Cohort) -> None:
+        """What was read of the rows that have ended."""
+        for place, row in enumerate(cohort.rows):
+            if row.reason is not None and row.kept_as is not None:
+                tokens = int(cohort.mask[place].sum())
+                text = [*row.prompt, *row.ids][:tokens]  # the last one written may not have been read
+                self.kv.keep(row.kept_as, text, row_layers(cohort.cache, place, tokens))
 
     def _keep(self, cohort: Cohort, places: list[int]) -> None:
         chosen = torch.tensor(places, device=cohort.mask.device)
@@ -291,9 +343,12 @@ def take(rows: Sequence[Writing], logits: Tensor) -> None:
         row.take(own, best)
 
 
-def plain(cache: Any) -> bool:
-    """Whether every layer holds all keys and values, so that rows can be put beside others of another length."""
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
+def apart(rows: Sequence[Writing], known: Sequence[Known]) -> list[list[tuple[Writing, Known]]]:
+    """Rows of which half or more is known, and the others: in one forward those would be read as far as these."""
+    halves: tuple[list[tuple[Writing, Known]], list[tuple[Writing, Known]]] = ([], [])
+    for row, one in zip(rows, known, strict=True):
+        halves[2 * one.tokens < len(row.prompt)].append((row, one))
+    return [half for half in halves if half]
 
 
 def alike(first: Cohort, second: Cohort) -> bool:

@@ -12,15 +12,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from moecl.errors import UserError
 
-NAMES = {
-    "average_accuracy": "average accuracy",
-    "bwt": "backward transfer",
-    "fwt": "forward transfer",
-    "forgetting": "forgetting",
-    "learning_accuracy": "learning accuracy",
-}
-SIGNED = ("bwt", "fwt")
-
 Floats = NDArray[np.float64]
 Label = TypeVar("Label", bound=Hashable)
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.generic import ModelOutput
 
-from moecl._card import public_id
 from moecl._sizes import EXPERT_MEMORY, parse_size
 from moecl.backbone import (
     DTYPES,
@@ -24,7 +23,7 @@ from moecl.backbone import (
     resolve_precision,
     weights_sha256,
 )
-from moecl.bank import Bank, Entry, carried, check_same_base, find, fitting, open_store, settings_of
+from moecl.bank import Bank, Entry, check_same_base, find, fitting, open_store, settings_of
 from moecl.config import Task
 from moecl.errors import BaseError, ConfigError, StoreError, TaskError
 from moecl.method_config import MoECLConfig
@@ -34,7 +33,7 @@ from moecl.nn.gated import GatedLearner
 from moecl.nn.inject import Injected
 from moecl.nn.lora import Geometry
 from moecl.nn.moe_ffn import pack_bytes
-from moecl.store import FOLDERS, LOCK, LOG, BaseInfo, Store, TaskRecord
+from moecl.store import LOG, BaseInfo, Store, TaskRecord
 
 __all__ = ["Entry", "MoECL", "MoECLOutput", "TaskNames"]
 
@@ -78,7 +77,6 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         self.bank = Bank(self.geometry, self.device, itemsize=pack_bytes(self.base.dtype, self.device))
         self.learner: GatedLearner | None = None
         self._left: Store | None = None  # its state for further learning is not taken up yet
-        self._beside: dict[str, dict[str, Tensor]] = {}  # of that state what is not the learner's
         self._open: str | None = None
         self._steps = 0
         self._detached = False
@@ -299,58 +297,48 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         )
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, *, config: None = None, model_card_kwargs: dict[str, str] | None = None
+        self, save_directory: str | Path, *, config: None = None, model_card_kwargs: None = None
     ) -> None:
-        """Write a store to a new or empty folder: tasks, versions, aliases, scores, what further learning needs.
+        """Write a store to a new or empty folder: every task, and what further learning needs. Raises StoreError.
 
-        What the store that this model is from had when it was loaded is copied, byte for byte, and the tasks learned
-        since are added. Its log stays where it is, and so does other methods' state for further learning (`carried`).
-        The open task is stored as it is now, and stays open. The mixin's `config` is not used; `model_card_kwargs` is
-        what `push_to_hub` gives. Raises StoreError, also where the other store's objects have gone meanwhile.
+        Of a model that came out of a store all of it, as it was when it was loaded (versions, aliases, retired tasks,
+        what the router knows), and what was learned since. The open task is stored as it is now, and stays open. The
+        mixin's `config` and `model_card_kwargs` are not used.
         """
-        address = (model_card_kwargs or {}).get("address")
-        base, training, source = self.base_info(), self._state(), self.bank.source
-        if address is not None:
-            base = base.model_copy(update={"id": public_id(base.id)})
-        store = Store.create(save_directory, base)
-        with store.lock():
-            if source is not None:
-                store.copy_objects(*source)
-            records = (self._record(entry) for entry in self.bank.values() if entry.held is not None)
-            moving = {} if self.learner is None else self.learner.moving()
-            moved = {part: tensors(module) for part, module in moving.items()}
-            store.commit(records, training, moved, what="save", onto=None if source is None else source[1])
-            if source is not None and (scores := source[0].scores()) is not None:
-                store.keep_scores(scores)
-            store.write_card(address)
+        store = self.bank.copy_store(save_directory) or Store.create(save_directory, self.base_info())
+        held = [entry for entry in self.bank.values() if entry.held is not None]
+        if held or not store.manifest.begun:
+            self._take_up()
+            self._commit(store, held)
+        store.write_card()
 
-    def _record(self, entry: Entry) -> tuple[TaskRecord, dict[str, dict[str, Tensor]]]:
-        """A task that was learned here, as a store keeps it."""
-        parts = entry.parts
+    def _commit(self, store: Store, entries: Iterable[Entry]) -> None:
+        """Add to a store tasks that are not in it yet, and the state for further learning."""
         settings = self.config.model_dump(exclude={"name"}) | {"seed": self.seed}
-        scale = getattr(parts, "scale", 1.0)
-        return TaskRecord(task=entry.task, form=parts.form, settings={"scale": scale, **settings}), to_tensors(parts)
 
-    def _state(self) -> dict[str, dict[str, Tensor]]:
-        """What further learning needs, as it is now."""
-        if self._left is not None:
-            return self._stored_state(self._left)
+        def record(entry: Entry) -> tuple[TaskRecord, dict[str, dict[str, Tensor]]]:
+            parts = entry.parts
+            scale = getattr(parts, "scale", 1.0)
+            kept = TaskRecord(task=entry.task, form=parts.form, settings={"scale": scale, **settings})
+            return kept, to_tensors(parts)
+
         learner = self.learner
         if learner is not None and self._open is not None:
             learner = copy.deepcopy(learner)
             learner.finish()
-        return {**self._beside, **({} if learner is None else learner.export())}
+        if learner is None:
+            store.commit(map(record, entries), what="save")
+            return
+        kept = store.training()  # the router's among it, which knows nothing of the new tasks
+        moved = {name: tensors(module) for name, module in learner.moving().items()}
+        store.commit(map(record, entries), kept | learner.export(), moved, what="save")
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Save to a repository of the hub; keyword arguments are those of huggingface_hub's mixin.
 
-        As `save_pretrained`, without what tells of this machine: the log of accounts and commands, and the folder that
-        a base lies in. Objects that the repository has and this model has not are deleted from it.
+        Without the audit log, which names accounts and commands of this machine.
         """
-        ignored = kwargs.pop("ignore_patterns", None) or []
-        kwargs["ignore_patterns"] = [LOCK, LOG, *([ignored] if isinstance(ignored, str) else ignored)]
-        kwargs.setdefault("delete_patterns", [f"{folder}/*" for folder in FOLDERS])
-        return super().push_to_hub(repo_id, model_card_kwargs={"address": repo_id}, **kwargs)
+        return super().push_to_hub(repo_id, **{"ignore_patterns": [".lock", LOG], **kwargs})
 
     @classmethod
     def from_pretrained(
@@ -411,19 +399,12 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         """The state for further learning of the store this model is from; with retention `live` tasks share it."""
         if (store := self._left) is None:
             return
-        state, learner = self._stored_state(store), self._new_learner()
+        before, learner = store.manifest, self._new_learner()
         with fitting(f"{store.path}: its state for further learning"):
-            learner.restore(state)
-        for name in state.keys() - learner.export().keys():  # the files may go before this model is saved
-            self._beside[name] = {key: tensor.clone() for key, tensor in state[name].items()}
+            learner.restore(store.training())
+        if store.manifest != before:
+            raise StoreError(f"{store.path}: was changed after this model was loaded; load it again to learn on")
         self.learner, self.bank.moving, self._left = learner, learner.moving(), None
-
-    def _stored_state(self, store: Store) -> dict[str, dict[str, Tensor]]:
-        """The state for further learning of the store this model is from, as far as a copy has it."""
-        source, state = self.bank.source, carried(store)
-        if source is not None and store.manifest != source[1]:
-            raise StoreError(f"{store.path}: was changed after this model was loaded; load it again")
-        return state
 
 
 def last_real(attention_mask: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ JSON has no NaN: what was not measured is null, in R and everywhere else.
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -17,6 +18,7 @@ from moecl._yaml import dotted
 from moecl.errors import RunError
 
 SCHEMA: Final = 1
+MOST_SHOWN = 25  # tasks: a larger R is no table to read, and larger than all else of a model card
 
 
 def _plain(value: Any) -> Any:
@@ -83,6 +85,9 @@ class Result(BaseModel):
     items: dict[str, Items] = Field(default_factory=dict, description="task -> its test rows after the last task")
     environment: Details = Field(default_factory=dict, description="versions, device, dtype, threads")
     digests: dict[str, dict[str, str]] = Field(default_factory=dict, description="task -> part -> sha256")
+    superseded: dict[str, float | None] = Field(
+        default_factory=dict, description="NAME@VERSION of a task that was learned again -> its last score"
+    )
     resumed: int = Field(default=0, ge=0, description="how often the run was started again")
 
     @model_validator(mode="before")
@@ -114,6 +119,30 @@ class Result(BaseModel):
         written["R"] = "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in self.R) + "\n]"
         text = ",\n".join(f"{json.dumps(key)}: {written[key]}" for key in fields)
         atomic_write(Path(path), f"{{\n{text}\n}}\n".encode())
+
+    def score_of(self, name: str, version: int, parts: Mapping[str, str]) -> float | None:
+        """What a version scored: after the last task where R is about it, else before it was learned again."""
+        if self.digests.get(name) == dict(parts):
+            return self.R[-1][self.tasks.index(name)]
+        return self.superseded.get(f"{name}@{version}")
+
+    def markdown(self) -> str:
+        """The numbers computed from R, and R as a table where it has at most MOST_SHOWN tasks, for a model card."""
+
+        def shown(value: float | None) -> str:
+            return "-" if value is None else f"{value:.3f}"
+
+        numbers = ", ".join(f"{name.replace('_', ' ')} {shown(value)}" for name, value in self.metrics.items())
+        told = f"Learned by {self.method}, seed {self.seed}: {numbers}."
+        if len(self.tasks) > MOST_SHOWN:
+            return told
+        rows = zip(("(before any)", *self.tasks), self.R, strict=True)
+        table = [
+            f"| after | {' | '.join(self.tasks)} |",
+            f"|---|{'---|' * len(self.tasks)}",
+            *(f"| {after} | {' | '.join(map(shown, row))} |" for after, row in rows),
+        ]
+        return "\n".join([told, "", "A row a task learned, a column a task tested:", "", *table])
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

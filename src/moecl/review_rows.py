@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated
 
 import numpy as np
@@ -132,8 +133,12 @@ def _classified(path: Path) -> Scored:
     return rows
 
 
-def of_run(run: Path, names: Collection[str] = ()) -> tuple[dict[str, Pair], dict[str, str]]:
+def of_run(
+    run: Path, names: Collection[str] = (), moved: Mapping[str, str] = MappingProxyType({})
+) -> tuple[dict[str, Pair], dict[str, str]]:
     """The tasks of a run (only those in `names`, where there are some), and why others are skipped.
+
+    `moved`: tasks that do not answer as they were tested, and why.
 
     Raises RunError: not a finished run, no predictions; TaskError: no such task; DataError: a faulty row.
     """
@@ -156,6 +161,9 @@ def of_run(run: Path, names: Collection[str] = ()) -> tuple[dict[str, Pair], dic
         paths = [folder / f"{name}.{split}.jsonl" for split in ("validation", "test")]
         if missing := [path.name for path in paths if not path.is_file()]:
             skipped[name] = f"no {PREDICTIONS}/{missing[0]}"
+            continue
+        if name in moved:
+            skipped[name] = f"{moved[name]}; score rows with `moecl predict`, give them as --validation and --test"
             continue
         validation, test = map(read_scored, paths)
         if validation is None or test is None:

@@ -23,11 +23,13 @@ from moecl.discriminant import Calibration, Discriminant, Drawn, Moments, Whiten
 from moecl.errors import BaseError, StoreError
 from moecl.model import MoECL
 from moecl.prefix import each_alone, space
-from moecl.store import ROUTER, Store, TaskRecord
+from moecl.store import Store, TaskRecord
 
+STATE = "router"  # what a store's state for further learning calls it
 TOKENS = 128  # of a text, from its start, that are read
 MOST_ROWS = 2000  # of a split that the statistics are taken of
 FALSE_ACCEPT = 0.1
+NOWHERE = -2.0  # how familiar a text is that lies beyond all tasks; a cosine is -1 at least
 MOST_BYTES = 10**9  # of what the cache keeps of splits
 
 Floats32 = NDArray[np.float32]
@@ -71,9 +73,9 @@ class Statistics:
 
     def learn(self, features: "Features", key: str, train: Sequence[str], held: Sequence[str]) -> None:
         """Add the texts of a task, whose record has this reference."""
-        self.train.add(key, features(spread(train)))
+        self.train.add(key, features(_some(train)))
         if held:
-            self.held.add(key, features(spread(held)))
+            self.held.add(key, features(_some(held)))
 
     def keep(self, records: Iterable[TaskRecord]) -> None:
         """Forget the versions that a store has no more."""
@@ -93,7 +95,7 @@ class Features:
         self.most = min(TOKENS, getattr(model.base.config, "max_position_embeddings", None) or TOKENS)
 
     def __call__(self, texts: Sequence[str]) -> Floats32:
-        rows = self.tokens(texts)
+        rows = self._tokens(texts)
         found = np.zeros((len(rows), self.model.geometry.hidden_size), np.float32)
         real = [place for place, ids in enumerate(rows) if ids]  # not every base puts a token before an empty text
         alone = each_alone(self._read, [rows[place] for place in real], self.model.device)
@@ -101,7 +103,7 @@ class Features:
             found[place] = features.numpy()
         return found
 
-    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return [ids[: self.most] for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]] if texts else []
 
     @torch.no_grad()
@@ -126,7 +128,7 @@ class KeptFeatures(Features):
         self.space = space(model, base_sha256, layer)
 
     def __call__(self, texts: Sequence[str]) -> Floats32:
-        name = hashlib.sha256(self.space + json.dumps(self.tokens(texts)).encode()).hexdigest()
+        name = hashlib.sha256(self.space + json.dumps(self._tokens(texts)).encode()).hexdigest()
         if (found := self.kept.get(name)) is not None:
             return np.asarray(found["features"].numpy())
         features = super().__call__(texts)
@@ -134,7 +136,7 @@ class KeptFeatures(Features):
         return features
 
 
-def spread(texts: Sequence[str]) -> Sequence[str]:
+def _some(texts: Sequence[str]) -> Sequence[str]:
     """At most MOST_ROWS of them, evenly spread."""
     return texts[:: -(-len(texts) // MOST_ROWS)]
 
@@ -153,17 +155,11 @@ class Router:
         self.calibration = self._calibrate(statistics.false_accept)
 
     @classmethod
-    def load(cls, model: MoECL, store: Store | None = None) -> "Router | None":
+    def load(cls, model: MoECL, store: Store) -> "Router | None":
         """The router of the tasks that `store` has, over its base `model`; None where it has no statistics.
-
-        `store` is by default that which the model was loaded from.
 
         Raises StoreError where these are damaged or of another base.
         """
-        if store is None:
-            if model.bank.source is None:
-                return None
-            store, _ = model.bank.source
         statistics = read(store)
         if statistics is None or not (tasks := statistics.known(store.tasks())):
             return None
@@ -191,8 +187,11 @@ class Router:
 
     def see(self, features: Floats32) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Of features [n, D] the shares [n, tasks], and how familiar each text is [n]."""
-        scores, familiar = self.discriminant.see(self.white(features))
-        return np.exp(log_shares(scores, self.calibration.temperature)), familiar
+        white = self.white(features)
+        scores, familiar = self.discriminant.see(white)
+        nearest = scores.argmax(axis=1)
+        beyond = self.discriminant.away(white, nearest) > self.calibration.reach[nearest]
+        return np.exp(log_shares(scores, self.calibration.temperature)), np.where(beyond, NOWHERE, familiar)
 
     def familiar_without(self, task: str, features: Floats32) -> NDArray[np.float64]:
         """[n]: how familiar texts would be, had `task` not been learned. For three tasks and more."""
@@ -201,7 +200,7 @@ class Router:
     def accepts(self, familiar: NDArray[np.float64]) -> NDArray[np.bool_]:
         """[n]: whether a text is taken to be for one of the tasks."""
         least = self.calibration.threshold
-        return np.full(len(familiar), True) if least is None else familiar >= least
+        return familiar >= (-1.0 if least is None else least)
 
     def white(self, features: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         return self.whitener(features.astype(np.float64) - self.origin)
@@ -222,7 +221,7 @@ class Router:
 
 def read(store: Store) -> Statistics | None:
     """A store's statistics, where it has any. Raises StoreError."""
-    tensors = store.training(ROUTER).get(ROUTER)
+    tensors = store.training(STATE).get(STATE)
     if tensors is None:
         return None
     with fitting(f"{store.path}: its router statistics"):

@@ -48,7 +48,7 @@ class Routing(_Strict):
     schema_version: Literal[1] = Field(default=1, alias="schema")
     split: str
     wanted: float = Field(description="the false-accept rate that the threshold is set for")
-    threshold: float | None = Field(default=None, description="null: nothing is unknown")
+    threshold: float | None = Field(default=None, description="null: only what lies far from all tasks is unknown")
     tasks: list[TaskRouting]
     curve: list[Point]
     digests: dict[str, dict[str, str]]

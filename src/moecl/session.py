@@ -3,17 +3,15 @@
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from moecl._sizes import EXPERT_MEMORY
-from moecl.backbone import Backbone, load_backbone, resolve_device, resolve_precision
+from moecl.backbone import load_backbone
 from moecl.bank import Entry, check_same_base, fitting
 from moecl.config import StreamConfig, Task, TaskConfig
 from moecl.course import Course, Progress, Scored, Watcher
@@ -25,21 +23,17 @@ from moecl.engine import Engine
 from moecl.errors import ConfigError, DataError, RunError
 from moecl.evaluate import Answers, answer_task, prompts
 from moecl.evidence import Evidence
-from moecl.method_config import MoECLConfig
-from moecl.methods import make_method
 from moecl.methods.base import Finished, Method
-from moecl.model import MoECL
 from moecl.prefix import prefixes
 from moecl.results import Items, Result, SplitInfo
-from moecl.router import KeptFeatures, Statistics
+from moecl.router import STATE, KeptFeatures, Statistics
 from moecl.run_folder import RunFolder
+from moecl.settled import attach, attach_method, resolve, trackers
 from moecl.start import Start, Starts
-from moecl.store import ROUTER, Store, TaskRecord
+from moecl.store import Store, TaskRecord
 from moecl.task_trainer import Learned, learn_task
 
 PACKAGES = ("moecl", "torch", "transformers", "accelerate", "safetensors", "numpy")
-EVAL_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
-OTHER_BATCH_TOKENS = 8192
 
 
 class Session:
@@ -174,8 +168,8 @@ class Session:
         if self.store.manifest.begun:
             with fitting(f"{self.store.path}: its state for further learning"):
                 state = self.store.training()
-                if ROUTER in state:
-                    self.statistics = Statistics.of(state.pop(ROUTER))
+                if STATE in state:
+                    self.statistics = Statistics.of(state.pop(STATE))
                 self.method.restore(state)
         self.model.bank.moving = self.method.moving()
         for course in self.courses:
@@ -230,6 +224,9 @@ class Session:
     def _learn(self, courses: Sequence[Course]) -> None:
         """Learn a task, or several at once."""
         begun, [*_, course] = time.monotonic(), courses
+        for one in courses:
+            if self.progress.versions.get(one.name, 1) > 1:
+                self.method.forget(one.name)
         rows = self.method.rehearse([row for one in courses for row in one.train])
         start = self._start(course, self.method)
         parts = self.method.begin(course.task, None if start is None else start.parts)
@@ -282,7 +279,7 @@ class Session:
             for course in courses:
                 reference = f"{course.name}@{self.store.manifest.next_version(course.name)}"
                 self.statistics.learn(features, reference, *texts(course))
-        return {} if self.statistics is None else {ROUTER: self.statistics.tensors()}
+        return {} if self.statistics is None else {STATE: self.statistics.tensors()}
 
     def _record(self, task: Task, finished: Finished) -> TaskRecord:
         return TaskRecord(task=task, form=finished.form, settings={"seed": self.config.train.seed, **finished.settings})
@@ -358,10 +355,10 @@ class Session:
             items={name: Items(**self.progress.items[name]) for name in names if name in self.progress.items},
             environment=self.environment(),
             digests={name: digests[name] for name in names if name in digests},
+            superseded=self.progress.superseded,
             resumed=self.progress.resumed,
         )
-        self.store.keep_scores(result)
-        self.store.write_card()
+        self.store.write_card(result.markdown())
         self.folder.finish(result)
         return result
 
@@ -397,62 +394,3 @@ def details(learned: Learned) -> dict[str, Any]:
         "trained_parameters": learned.trained_parameters,
         **learned.figures,
     }
-
-
-def trackers(names: Sequence[str], watcher: Watcher) -> list[Callable[[RunFolder, str], TrainerCallback]]:
-    """Makers of the callbacks that report a task's training. Raises ConfigError for a tracker that is not there."""
-    from transformers.integrations.integration_utils import TensorBoardCallback, get_reporting_integration_callbacks
-
-    def tensorboard(folder: RunFolder, task: str) -> TrainerCallback:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return TensorBoardCallback(SummaryWriter(str(folder.tensorboard / task)))  # type: ignore[no-untyped-call]
-
-    found: list[Callable[[RunFolder, str], TrainerCallback]] = []
-    if "tensorboard" in names:
-        if find_spec("tensorboard"):
-            found.append(tensorboard)
-        else:
-            watcher.note("no TensorBoard: it is not installed (pip install 'moecl[tensorboard]')")
-    try:
-        others = [name for name in names if name != "tensorboard"]
-        types = get_reporting_integration_callbacks(others)  # type: ignore[no-untyped-call]
-        for type_ in types:
-            type_()  # refuses where its package is missing
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise ConfigError(f"train.report_to: {error}; correct it, or install what it needs") from error
-    return [*found, *(lambda folder, task, type_=type_: type_() for type_ in types)]
-
-
-def attach(backbone: Backbone, config: StreamConfig) -> tuple[MoECL, Method]:
-    method = config.method
-    settings = (
-        method
-        if isinstance(method, MoECLConfig)
-        else MoECLConfig(adapt_layers=method.adapt_layers, dropout=getattr(method, "dropout", 0.0))
-    )
-    model = MoECL(backbone, settings, config.train.seed)
-    return model, attach_method(model, config)
-
-
-def attach_method(model: MoECL, config: StreamConfig) -> Method:
-    method = make_method(config.method, model.geometry, config.train.seed, model.injected)
-    method.state.to(model.device)
-    return method
-
-
-def resolve(config: StreamConfig, watcher: Watcher) -> StreamConfig:
-    """Settle what is left to the machine, once: a run that goes on elsewhere keeps to it."""
-    train = config.train
-    device = resolve_device(train.device)
-    precision, why = resolve_precision(train.precision, device)
-    if train.precision == "auto":
-        watcher.note(f"precision {precision}: {why}")
-    settled = {
-        "device": device,
-        "precision": precision,
-        "threads": train.threads or torch.get_num_threads(),
-        "eval_batch_tokens": train.eval_batch_tokens
-        or EVAL_BATCH_TOKENS.get(device.partition(":")[0], OTHER_BATCH_TOKENS),
-    }
-    return config.model_copy(update={"train": train.model_copy(update=settled)})

@@ -9,15 +9,16 @@ from rich.table import Table
 from rich.text import Text
 
 from moecl._sizes import duration, size
-from moecl.metrics import NAMES, SIGNED
 from moecl.results import Result
 
-SPENT = {
-    "training_seconds": "training",
-    "evaluation_seconds": "testing",
-    "router_seconds": "reading for the router",
-    "starts_seconds": "choosing starts",
+METRICS = {
+    "average_accuracy": "average accuracy",
+    "bwt": "backward transfer",
+    "fwt": "forward transfer",
+    "forgetting": "forgetting",
+    "learning_accuracy": "learning accuracy",
 }
+SIGNED = ("bwt", "fwt")
 MANY = 6  # classes, more than which are summed up
 WIDEST = 24  # characters of a row's name beside numbered columns
 
@@ -27,7 +28,7 @@ def show_result(console: Console, result: Result, folder: str) -> None:
     console.print("R: score on each task (column) after each task learned (row)")
     for table in score_tables(result, console.width):
         console.print(table)
-    for key, name in NAMES.items():
+    for key, name in METRICS.items():
         value = result.metrics.get(key)
         say(console, f"{name:18} {'-' if value is None else f'{value:+.3f}' if key in SIGNED else f'{value:.3f}'}")
     again = f", started {result.resumed + 1} times" if result.resumed else ""
@@ -123,9 +124,8 @@ def show_check(console: Console, found: Sequence[Mapping[str, Any]], cost: Mappi
         console.print(hints)
         console.print()
     say(console, "median, p95, max: tokens of whole inputs, of which train.max_length are kept\n")
-    spent = {what: cost[key] for key, what in SPENT.items()}
-    told = ", ".join(f"{duration(seconds)} {what}" for what, seconds in spent.items() if seconds)
-    say(console, f"time    {duration(sum(spent.values()))}: {told}")
+    training, testing = cost["training_seconds"], cost["evaluation_seconds"]
+    say(console, f"time    {duration(training + testing)}: {duration(training)} training, {duration(testing)} testing")
     say(console, f"memory  {size(cost['peak_bytes'])}")
     say(console, f"disk    {size(cost['task_bytes'])} a task")
     if (prefix := cost.get("prefix")) is not None:

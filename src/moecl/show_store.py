@@ -12,17 +12,22 @@ from moecl.show import plain_table, show_score, summed
 
 
 def show_tasks(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
-    table = plain_table("task", "labels", "metric", learned="right", score="right", size="right", sha256="left")
+    table = plain_table("task", "labels", "metric", score="right", size="right", sha256="left")
     for row in rows:
-        several = row["versions"] > 1 or row["version"] > 1
-        name = f"{row['task']}@{row['version']}" if several else row["task"]
-        marks = [*(f"@{alias}" for alias in row["aliases"]), *(["retired"] if row["retired"] else [])]
+        version = [f"version {row['version']}"] if row["versions"] > 1 or row["version"] > 1 else []
+        current = ["current"] if row["current"] and row["versions"] > 1 else []
+        marks = [
+            *version,
+            *current,
+            *(f"@{alias}" for alias in row["aliases"]),
+            *(["retired"] if row["retired"] else []),
+        ]
         labels = summed([*row["labels"]], "labels") if row["labels"] else "-"
-        digest = row["expert"][:12]
+        digest = row["parts"].get("task", next(iter(row["parts"].values())))[:12]
         taken = "missing" if row["bytes"] is None else size(row["bytes"])
-        cells = (labels, row["metric"], show_score(row["learned"]), show_score(row["score"]), taken, digest)
+        cells = (labels, row["metric"], show_score(row["score"]), taken, digest)
         style = "" if row["current"] and not row["retired"] else "dim"
-        table.add_row(Text(", ".join([name, *marks])), *map(Text, cells), style=style)
+        table.add_row(Text(", ".join([row["task"], *marks])), *map(Text, cells), style=style)
     console.print(table)
 
 

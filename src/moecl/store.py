@@ -4,7 +4,6 @@
     audit.jsonl                    every change (_audit.py), a line before each new manifest
     objects/<sha256>.safetensors   one part each (an expert, a gate, a head); written once, removed by `gc` and `delete`
     training/<name>-<sha256>...    what only further learning needs; the newest copy
-    scores.json                    R, and what each version scored when it was learned (_scores.py)
     tmp/                           files being written; what a killed writer left is removed by the next one
     .lock                          held by the one writer; readers need none
 
@@ -29,32 +28,16 @@ from torch import Tensor
 from moecl import _audit, _versions
 from moecl._atomic import atomic_write, lock_file, one_line, remove_drafts, sync_folder
 from moecl._audit import LOG, Change
-from moecl._card import model_card
+from moecl._card import model_card, result_in
 from moecl._manifest import FORMAT, HEX, BaseInfo, Manifest, TaskRecord, parse_manifest
 from moecl._objects import Removed, check_finite, compare, encode, in_words, others, read_file, remove
-from moecl._scores import SCORES, Scores
 from moecl._versions import PRODUCTION, Edit
 from moecl.errors import StoreError
-from moecl.results import Result
-from moecl.run_folder import RESULT
 
-__all__ = [
-    "FORMAT",
-    "LOG",
-    "ROUTER",
-    "BaseInfo",
-    "Manifest",
-    "ObjectBytes",
-    "Removed",
-    "Scores",
-    "Store",
-    "TaskRecord",
-    "encode",
-]
+__all__ = ["FORMAT", "LOG", "BaseInfo", "Manifest", "ObjectBytes", "Removed", "Store", "TaskRecord", "encode"]
 
-MANIFEST, LOCK = "manifest.json", ".lock"
+MANIFEST, LOCK, CARD = "manifest.json", ".lock", "README.md"
 FOLDERS = ("objects", "training", "tmp")
-ROUTER = "router"  # what the state for further learning calls the router's statistics
 
 
 class ObjectBytes(NamedTuple):
@@ -178,15 +161,6 @@ class Store:
         sizes = [self.size(digest) for digest in set(record.parts.values())]
         return None if None in sizes else sum(size or 0 for size in sizes)
 
-    def scores(self) -> Scores | None:
-        """What scores.json tells; of an older run, which has none, what its result.json does. Raises StoreError."""
-        if (self.path / SCORES).is_file():
-            return Scores.load(self.path / SCORES)
-        result = self.path.parent / RESULT
-        if self.path.name == "store" and result.is_file():
-            return Scores.of(Result.load(result), self.manifest.newest())
-        return None
-
     def audit(self) -> Iterator[tuple[int, _audit.Line | None]]:
         """The lines of the audit log with their numbers; None for one that was altered."""
         return _audit.read(self.path)
@@ -254,7 +228,7 @@ class Store:
         checks: list[Callable[[], object]] = [
             partial(self._verify_object, digest) for digest in sorted(self.manifest.digests())
         ]
-        for check in [*checks, self._verify_training, self.scores]:
+        for check in [*checks, self._verify_training]:
             try:
                 check()
             except StoreError as problem:
@@ -276,19 +250,15 @@ class Store:
         training: Mapping[str, Mapping[str, Tensor]] | None = None,
         moved: Mapping[str, Mapping[str, Tensor]] | None = None,
         what: str = "learn",
-        onto: Manifest | None = None,
     ) -> Manifest:
         """Add versions of tasks (a record's `version` and `parts` are set here), all in one change.
 
         `moved` replaces these parts in the current version of every task with retention live; `training` replaces all
-        of the state for further learning, None keeps it; `what` is the log's word for the change. `onto`: another
-        store's manifest, whose objects were copied here, in the place of this one's. Raises `StoreError` (disk full,
-        not writable) and `BusyError`; the old model is then intact.
+        of the state for further learning, None keeps it; `what` is the log's word for the change. Raises `StoreError`
+        (disk full, not writable) and `BusyError`; the old model is then intact.
         """
         with self.lock(), one_line(self.path, StoreError):
             manifest, detail = self.manifest, dict[str, JsonValue]()
-            if onto is not None:
-                manifest = onto.model_copy(update={"base": manifest.base, "training": {}})
             for record, parts in records:
                 manifest = manifest.with_version(record, {part: self._add(parts[part]) for part in sorted(parts)})
             if moved:
@@ -363,30 +333,40 @@ class Store:
         with self.lock(), one_line(self.path, StoreError):
             self._replace_manifest(what, make(self.manifest))
 
-    def copy_objects(self, source: Store, manifest: Manifest) -> None:
-        """Take over the objects of `manifest`, a version of `source`, each checked. Raises StoreError, BusyError."""
-        with self.lock():
-            for digest in sorted(manifest.digests()):
-                source.read(digest)
-                with one_line(self.path, StoreError):
-                    data = source._object(digest).read_bytes()
-                atomic_write(self._object(digest), data, tmp=self.path / "tmp", error=StoreError)
+    def write_card(self, result_markdown: str | None = None) -> None:
+        """README.md, a model card for people and for the hub.
 
-    def keep_scores(self, found: Result | Scores) -> None:
-        """Write scores.json, with what was known of versions that are still here. Raises StoreError, BusyError."""
-        with self.lock():
-            scores = found if isinstance(found, Scores) else Scores.of(found, self.manifest.newest(), self.scores())
-            versions: dict[str, set[int]] = {}
-            for record in self.manifest.tasks:
-                versions.setdefault(record.name, set()).add(record.version)
-            atomic_write(self.path / SCORES, scores.only(versions).dump(), tmp=self.path / "tmp", error=StoreError)
-
-    def write_card(self, address: str | None = None) -> None:
-        """README.md, a model card for people and for the hub; `address`: where the store is to be loaded from."""
-        with self.lock():
+        `result_markdown` goes under its heading Result; None keeps what stands there.
+        """
+        with self.lock(), one_line(self.path, StoreError):
             sizes = {name: sum(found) for name, found in self.bytes().items()}
-            card = model_card(self.manifest, sizes, self.scores(), address)
-            atomic_write(self.path / "README.md", card.encode(), tmp=self.path / "tmp", error=StoreError)
+            path = self.path / CARD
+            if result_markdown is None:
+                result_markdown = result_in(path.read_text()) if path.is_file() else ""
+            card = model_card(self.manifest, sizes, result_markdown)
+            atomic_write(path, card.encode(), tmp=self.path / "tmp", error=StoreError)
+
+    def copy_to(self, path: str | Path, manifest: Manifest | None = None) -> Store:
+        """A store of its own in a new or empty folder, with all versions, aliases and training state of `manifest`,
+        or of this store as it is; every object is hashed. The audit log begins anew.
+
+        Raises `StoreError`, where something was removed meanwhile too.
+        """
+        manifest = manifest or self.manifest
+        made = Store.create(path, manifest.base)
+        with made.lock(), one_line(made.path, StoreError):
+            for digest in sorted(manifest.digests()):
+                made._take(self._object(digest), made._object(digest), digest, manifest.users(digest))
+            for name, digest in manifest.training.items():
+                made._take(self._training(name, digest), made._training(name, digest), digest, ["further learning"])
+            if (card := self.path / CARD).is_file():
+                atomic_write(made.path / CARD, card.read_bytes(), tmp=made.path / "tmp", error=StoreError)
+            made._replace_manifest("save", Edit(manifest, _versions.changes(made.manifest, manifest), {}))
+        return made
+
+    def _take(self, source: Path, target: Path, digest: str, users: list[str]) -> None:
+        read_file(source, digest, lambda: in_words(users))
+        atomic_write(target, source.read_bytes(), tmp=self.path / "tmp", error=StoreError)
 
     def _object(self, digest: str) -> Path:
         return self.path / "objects" / f"{digest}.safetensors"

@@ -1,6 +1,7 @@
 """A stream learned task by task: a stream or a new task in, a run folder with a store and a result out."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from moecl._sizes import EXPERT_MEMORY, parse_size
@@ -11,7 +12,8 @@ from moecl.errors import ConfigError, DataError, RunError, TaskError, TrainingEr
 from moecl.evidence import without_row
 from moecl.results import Result
 from moecl.run_folder import RunFolder
-from moecl.session import Session, attach, attach_method, resolve
+from moecl.session import Session
+from moecl.settled import attach, attach_method, resolve
 from moecl.store import Store
 
 __all__ = ["ContinualTrainer", "Watcher", "attach", "attach_method", "learn", "resolve"]
@@ -88,16 +90,16 @@ def learn(
             run.undo_reopen()
         config, result = run.config(), run.finished()
         assert result is not None
-        progress = reopened(result, task.name)
+        progress = reopened(result, task.name, rolled_back(run, result))
         if replace:
             progress.versions[task.name] = known_version(run, result.tasks, task.name) + 1
+            progress.superseded |= last_score(run, result, task.name)
         elif task.name in result.tasks:
             raise TaskError(f"task {task.name!r} is learned already; rename it, or learn it again with --replace")
         tasks = [*(one for one in config.tasks if one.name != task.name), task]
         fields = {name: getattr(config, name) for name in StreamConfig.model_fields}
         extended = StreamConfig(**{**fields, "tasks": tasks})
         load_task_data(task)  # a fault in the new data must not reopen the run
-        Store.open(run.store).keep_scores(result)  # of a task that is replaced the row is taken out of R
         run.reopen(extended, vars(progress), result)
         return learn_newest(run, extended, watcher, memory, resumed=False)
 
@@ -141,9 +143,28 @@ def known_version(run: RunFolder, known: list[str], name: str) -> int:
     return Store.open(run.store).manifest.newest()[name]
 
 
-def reopened(result: Result, name: str) -> Progress:
-    """The progress of a finished run that has `name` still to learn: without its old row and column, if any."""
+def last_score(run: RunFolder, result: Result, name: str) -> dict[str, float | None]:
+    """NAME@VERSION -> score, of the version that the result is about."""
+    score, parts = result.R[-1][result.tasks.index(name)], result.digests.get(name)
+    versions = Store.open(run.store).versions(name)
+    return {record.reference: score for record in versions if dict(record.parts) == parts}
+
+
+def rolled_back(run: RunFolder, result: Result) -> list[str]:
+    """Tasks that another version answers for than the one that R is about."""
+    now = {record.name: dict(record.parts) for record in Store.open(run.store).tasks()}
+    return [name for name in result.tasks if now.get(name, result.digests.get(name)) != result.digests.get(name)]
+
+
+def reopened(result: Result, name: str, changed: Sequence[str] = ()) -> Progress:
+    """The progress of a finished run that has `name` still to learn: without its old row and column, if any.
+
+    Without what tasks scored that another version answers for now (`changed`): R never mixes two.
+    """
     R = [list(row) for row in result.R]
+    for place in map(result.tasks.index, changed):
+        for row in R[place + 1 :]:
+            row[place] = None
     data = {task: {split: info.model_dump() for split, info in found.items()} for task, found in result.data.items()}
     kept = {task: dict(found) for task, found in result.details.items() if task != name}
     if name in result.tasks:
@@ -154,4 +175,5 @@ def reopened(result: Result, name: str) -> Progress:
             del row[place]
     for row in R:
         row.append(None)
-    return Progress(R, data, kept, seconds=result.seconds, resumed=result.resumed)
+    superseded = dict(result.superseded)
+    return Progress(R, data, kept, superseded=superseded, seconds=result.seconds, resumed=result.resumed)

@@ -19,23 +19,23 @@ if TYPE_CHECKING:
     from moecl.engine import Engine, Prediction
     from moecl.export import Parity
     from moecl.model import MoECL
+    from moecl.results import Result
     from moecl.routed import Routed
     from moecl.router import Router
     from moecl.routing import Routing
     from moecl.store import Store, TaskRecord
 
+TABLES = (".csv", ".tsv", ".json", ".parquet", ".gz")  # formats of rows that a stream may have
 STEP = 64  # rows that are answered at once
 
 
 def learned(run: Path, everything: bool = False) -> list[dict[str, Any]]:
-    """A row a task: what it scored when it was learned, and at the end of the run, where that is the version that
-    answers now.
+    """A row a task, its score that of the end of the run, of an older version that when it was learned again.
 
     With `everything` also older versions and retired tasks, by task and version.
     """
     store, result = open_store(run), RunFolder(run).finished()
-    last = dict(zip(result.tasks, result.R[-1], strict=True)) if result else {}
-    manifest, digests, kept = store.manifest, result.digests if result else {}, store.scores()
+    manifest = store.manifest
     records = store.tasks()
     if everything:
         names = list(dict.fromkeys(record.name for record in manifest.tasks))
@@ -51,14 +51,28 @@ def learned(run: Path, everything: bool = False) -> list[dict[str, Any]]:
             "kind": record.task.kind,
             "labels": list(record.task.labels or ()),
             "metric": record.task.metric,
-            "learned": None if kept is None else kept.score(record.name, record.version),
-            "score": last.get(record.name) if digests.get(record.name) == record.parts else None,
+            "score": result.score_of(record.name, record.version, record.parts) if result else None,
             "bytes": store.bytes_of(record),
-            "expert": record.expert,
             "parts": dict(record.parts),
         }
         for record in records
     ]
+
+
+def not_as_tested(run: Path, result: "Result | None" = None) -> dict[str, str]:
+    """Task -> why it does not answer as the result of a run says; nothing where the run has no store."""
+    if not (run / "store").is_dir() or (result := result or RunFolder(run).finished()) is None:
+        return {}
+    manifest, found = open_store(run).manifest, {}
+    current = {record.name: record for record in manifest.current()}
+    for name in result.tasks:
+        if name in manifest.retired:
+            found[name] = "retired"
+        elif name not in current:
+            found[name] = "deleted"
+        elif result.digests.get(name, current[name].parts) != current[name].parts:
+            found[name] = f"version {current[name].version} answers, which was not tested last"
+    return found
 
 
 def answers(
@@ -97,8 +111,8 @@ def answers(
 def routed_answers(
     store: "Store", file: Path | None, device: str, expert_memory: str, thresholds: Path | None
 ) -> Iterator[list[dict[str, Any]]]:
-    """The same where nobody says which task: lines also have each task's probability."""
-    levels, records = {}, {record.name: record for record in store.tasks()}
+    """The same where nobody says which task: lines also have the task that answered, and each task's probability."""
+    levels, records = {}, {one.name: one for one in store.tasks()}
     if thresholds is not None:
         known = Thresholds.load(thresholds)
         levels = {
@@ -129,8 +143,9 @@ def routed_answer(
 ) -> dict[str, Any]:
     """A line of `moecl predict --task auto`; a row of no task is left to a human where there are thresholds."""
     route = {task: rounded(share) for task, share in found.shares.items()}
-    if found.prediction is None or found.task is None:
-        return {"task": None, "version": None, "expert": None, "label": None, "scores": {}, "route": route}
+    if found.prediction is None:
+        return {"label": None, "scores": {}, "task": None, "version": None, "route": route}
+    assert found.task is not None
     return {**answer(found.prediction, records[found.task], true, levels), "route": route}
 
 
@@ -160,10 +175,9 @@ def router_of(model: "MoECL", store: "Store") -> "Router":
 def answer(
     found: "Prediction", record: "TaskRecord", true: str | None, levels: TaskThresholds | None
 ) -> dict[str, Any]:
-    """A line of `moecl predict`; what it has in common with a reply of the server is called the same."""
+    """A line of `moecl predict`: what answered is named as the server names it."""
     scores = {label: rounded(score) for label, score in found.scores.items()}
-    line: dict[str, Any] = {"task": record.name, "version": record.version, "expert": record.expert}
-    line |= {"label": found.label, "scores": scores}
+    line = {"label": found.label, "scores": scores, "task": record.name, "version": record.version}
     if levels is not None:
         line["decision"] = decide(levels, found.label, scores)
     return line if true is None else {**line, "true": true}
@@ -310,6 +324,8 @@ def lines_of(file: Path | None) -> Iterator[Iterator[bytes]]:
     if file is None:
         yield iter(sys.stdin.buffer)
         return
+    if file.suffix in TABLES:
+        raise DataError(f"{file}: a table, and lines are read; make it JSONL, a row a line, with the columns as keys")
     try:
         opened = file.open("rb")
     except OSError as error:

@@ -112,14 +112,43 @@ def test_replay_keeps_a_share_and_trains_on_it(injected):
     assert [*one.rehearse(ROWS)] == ROWS
     one.begin(A)
     one.finish()
-    assert len(one.memory) == 4
-    assert all(row in ROWS for row in one.memory)
-    assert [*one.rehearse(ROWS[:3])] == [*ROWS[:3], *one.memory]
+    [kept] = one.memory.values()
+    assert len(kept) == 4
+    assert all(row in ROWS for row in kept)
+    assert [*one.rehearse(ROWS[:3])] == [*ROWS[:3], *kept]
     again = make(ReplayConfig(rank=2, share=0.1), injected)
     again.restore(one.export())
-    assert [(row.input_ids, row.answer_ids) for row in again.memory] == [
-        (row.input_ids, row.answer_ids) for row in one.memory
-    ]
+    [restored] = again.memory.values()
+    assert [(row.input_ids, row.answer_ids) for row in restored] == [(row.input_ids, row.answer_ids) for row in kept]
+
+
+def test_a_task_learned_anew_leaves_no_rows_of_its_old_version(injected):
+    one = make(ReplayConfig(rank=2, share=0.1), injected)
+    for task in (A, B):
+        one.rehearse(ROWS)
+        one.begin(task)
+        one.finish()
+    again = make(ReplayConfig(rank=2, share=0.1), injected)
+    again.restore(one.export())
+    assert list(again.memory) == [A.name, B.name]
+    again.forget(A.name)
+    assert len(again.rehearse(ROWS)) == len(ROWS) + len(again.memory[B.name])
+
+
+def test_a_task_learned_anew_is_not_composed_with_its_old_version(injected):
+    one = make(MoCLConfig(rank=2), injected)
+    for task in (A, B):
+        one.rehearse(ROWS)
+        one.begin(task)
+        one.finish()
+    again = make(MoCLConfig(rank=2), injected)
+    again.restore(one.export())
+    again.forget(A.name)
+    again.rehearse(ROWS)
+    parts = again.begin(A)
+    assert len(parts.loras) == 2
+    for name, tensor in parts.loras[0].state_dict().items():
+        torch.testing.assert_close(tensor, one.past[B.name][0].state_dict()[name], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

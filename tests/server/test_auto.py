@@ -17,8 +17,6 @@ class Route:
 class ByWord:
     """Stands in for a router that was fitted: knows `mood` and `write` by a word of the text."""
 
-    tasks = ("mood", "write")
-
     def route(self, texts):
         known = {
             "happy": Route("mood", {"mood": 0.9, "write": 0.1}),
@@ -38,7 +36,7 @@ def server(tmp_path, tiny_folder, monkeypatch):
 def test_each_text_is_answered_by_its_task(server):
     assert [one["id"] for one in server.client.get("/v1/models").json()["data"]] == ["mood", "topic", "write", "auto"]
     assert server.client.get("/v1/models/auto").json()["id"] == "auto"
-    texts = ["so happy", "nothing known", {"text": "happy again", "id": 7}]
+    texts = ["so happy", "nothing known", {"text": "happy again"}]
     first, unknown, last = server.classify("auto", texts)
     [expected] = server.classify("mood", ["so happy"])
     assert (first["label"], first["task"], first["expert"]) == (expected["label"], "mood", expected["expert"])
@@ -63,17 +61,6 @@ def test_what_auto_cannot_answer(server):
     assert server.post("/v1/classify", model="auto", input=["tell me"]).status_code == 400, "it writes text"
     empty = server.post("/v1/classify", model="auto", input=[{"title": "x"}])
     assert (empty.status_code, empty.json()["error"]["param"]) == (400, "input")
-    assert "input[0]: the row has no field that a task reads; give text" in empty.json()["error"]["message"]
-    blank = server.post("/v1/classify", model="auto", input=[{"text": " "}])
-    assert (blank.status_code, blank.json()["error"]["message"]) == (400, "input: auto reads texts that are not empty")
-
-
-def test_fields_other_than_text_are_read_as_predict_does(tmp_path, tiny_folder, monkeypatch):
-    monkeypatch.setattr(ByWord, "tasks", ("mood", "two"))
-    monkeypatch.setattr(library.Router, "load", lambda model, store: ByWord())
-    with live(make_store(tmp_path, tiny_folder, "mood two")) as server:
-        seen, unseen = server.classify("auto", [{"text": "x", "title": "so happy"}, {"text": "x", "other": "happy"}])
-    assert (seen["task"], unseen["task"]) == ("mood", None)
 
 
 def test_without_a_router_there_is_no_auto(tmp_path, tiny_folder, monkeypatch):

@@ -226,6 +226,7 @@ def test_texts_are_logged_where_asked(store):
         (["--host", "0.0.0.0"], "--host 0.0.0.0: others can reach it; give --api-key FILE or MOECL_API_KEYS"),
         (["--queue", "0"], "--queue: 0 is out of range; give 1 or more rows"),
         (["--api-key", "nothing.txt"], "--api-key nothing.txt: No such file or directory; give a file"),
+        (["--cors", "foo"], "--cors: 'foo' is no origin; give one as https://a.example, or *"),
         (["--thresholds", "nothing.json"], "nothing.json: No such file or directory; give the thresholds.json"),
         (["--max-body", "big"], "--max-body"),
     ],

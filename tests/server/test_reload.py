@@ -1,5 +1,6 @@
 """A store that changes under a running server: the next request has the new model, no answer has two."""
 
+import re
 import threading
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from moecl.engine import Engine
 from moecl.model import MoECL
 from moecl.nn.forms import to_tensors
 from moecl.review import Target, Thresholds, fit
-from moecl.server.library import Library
+from moecl.server.library import Library, expert
 from moecl.store import Store, TaskRecord
 
 NAMES = "mood topic write"
@@ -52,7 +53,7 @@ def test_a_new_version_and_a_new_task_are_served(store, tiny_folder):
         fresh = Engine(MoECL.from_pretrained(store, device="cpu")).predict(TEXTS, "mood")
         assert [one["scores"] for one in after] == [pytest.approx(one.scores, rel=1e-3, abs=1e-5) for one in fresh]
         assert after[0]["scores"] != before[0]["scores"]
-        assert after[0]["expert"] == Store.open(store).record("mood").expert
+        assert after[0]["expert"] == expert(Store.open(store).record("mood"))
         assert server.client.get("/v1/run").json()["tasks"][-1]["versions"] == [1, 2]
         relearn(store, tiny_folder, "head", 1)
         until(lambda: "head" in [one["id"] for one in server.client.get("/v1/models").json()["data"]])
@@ -112,6 +113,26 @@ def test_a_text_goes_on_as_it_was_begun(store, tiny_folder):
         other = server.post("/v1/completions", **wish).json()
         assert other["system_fingerprint"].startswith("write-v2")
         assert other["choices"][0]["text"] != whole
+
+
+def test_a_new_version_reuses_nothing_of_what_the_old_one_read(store, tiny_folder):
+    wish = {"model": "write", "prompt": "the food was terrible and sad", "max_tokens": 8}
+
+    def ask(server) -> tuple[str, float, int]:
+        answer = server.post("/v1/completions", **wish).json()
+        [reused] = re.findall(r"(?m)^moecl_kv_tokens_reused_total (\S+)", server.client.get("/metrics").text)
+        return answer["choices"][0]["text"], float(reused), answer["usage"]["prompt_tokens"]
+
+    with live(store, reload_seconds=0.02) as server, live(store, reload_seconds=0.02, kv_memory=0) as plain:
+        first, reused, tokens = ask(server)
+        assert (ask(server), ask(plain)) == ((first, tokens - 1, tokens), (first, reused, tokens))
+        relearn(store, tiny_folder, "write", 9)
+        until(lambda: {one.service.library.now.record("write").version for one in (server, plain)} == {2})
+        second, reused, _ = ask(server)
+        assert (second, reused) == (ask(plain)[0], tokens - 1)
+        assert second != first
+        assert ask(server)[:2] == (second, 2 * (tokens - 1))
+        assert ask(plain)[1] == 0
 
 
 def test_a_request_whose_objects_are_gone_is_asked_again(store, tiny_folder):
@@ -198,6 +219,14 @@ def test_thresholds_of_another_version_decide_nothing(tmp_path, store, tiny_fold
         relearn(store, tiny_folder, "mood", 5)
         until(lambda: version(server, "mood") == 2)
         assert {one["decision"] for one in server.classify("mood", ["love", "bad", "x", "tea"])} == {"review"}
+
+
+def test_an_older_version_is_not_decided_by_the_current_ones_thresholds(tmp_path, store, tiny_folder):
+    relearn(store, tiny_folder, "mood", 5)
+    path = thresholds(tmp_path, store, 0.0)
+    with live(store, thresholds=path) as server:
+        assert any(one["decision"] == "good" for one in server.classify("mood", ["love", "bad", "x", "tea"]))
+        assert {one["decision"] for one in server.classify("mood@1", ["love", "bad", "x", "tea"])} == {"review"}
 
 
 def test_thresholds_that_do_not_fit_at_the_start_are_an_error(tmp_path, store, tiny_folder, capsys):

@@ -10,6 +10,7 @@ from live import TASKS, Live, live, make_store
 from moecl.engine import Engine
 from moecl.generation import Sampling
 from moecl.model import MoECL
+from moecl.server.library import expert
 
 TEXTS = ["a great movie", "bad " * 30, "the food was terrible and sad"]
 
@@ -58,7 +59,7 @@ def test_a_chat_with_a_task_that_writes(client, engine):
     assert (answer.model, answer.object) == ("told", "chat.completion")
     assert answer.usage.prompt_tokens == expected.prompt_tokens
     assert answer.usage.total_tokens == expected.prompt_tokens + expected.tokens
-    digest = engine.model._left.record("told").expert[:12]
+    digest = expert(engine.model._left.record("told"))[:12]
     assert answer.system_fingerprint == f"told-v1-{digest}"
 
 
@@ -136,6 +137,25 @@ def test_streams_add_up_to_the_whole(client):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) in TASKS["mood"].labels
 
 
+@pytest.mark.parametrize("model", ["told", "mood"])
+def test_streamed_log_p_adds_up_to_the_whole(client, model):
+    asked = {"model": model, "messages": user("x"), "max_tokens": 9, "logprobs": True, "top_logprobs": 2, "seed": 3}
+    whole = client.chat.completions.create(**asked).choices[0].logprobs.content
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+    told = [token for choice in chunks if choice.logprobs for token in choice.logprobs.content]
+    assert [token.token for token in told] == [token.token for token in whole]
+    assert [token.logprob for token in told] == pytest.approx([token.logprob for token in whole], rel=1e-3)
+    if model == "told":
+        assert sum(choice.logprobs is not None for choice in chunks) > 1, "they come with their pieces"
+
+
+def test_streamed_text_offsets_go_on(client):
+    asked = {"model": "write", "prompt": "x", "max_tokens": 7, "logprobs": 1}
+    whole = client.completions.create(**asked).choices[0].logprobs
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**asked, stream=True)]
+    assert [place for one in chunks if one.logprobs for place in one.logprobs.text_offset] == whole.text_offset
+
+
 def test_events_end_as_openai_ends_them(server):
     asked = {"model": "mood", "prompt": "x", "stream": True}
     with server.client.stream("POST", "/v1/completions", json=asked) as answer:
@@ -169,7 +189,7 @@ def test_labels_with_scores_and_who_answered(server, engine, name):
         assert one["label"] == expected.label
         assert one["scores"] == pytest.approx(expected.scores, rel=1e-3, abs=1e-5)
         assert (one["task"], one["version"], one["decision"]) == (name, 1, None)
-        assert one["expert"] == engine.model._left.record(name).expert
+        assert one["expert"] == expert(engine.model._left.record(name))
     assert [one["index"] for one in data] == [0, 1, 2]
 
 

@@ -29,7 +29,8 @@ class Finished:
 
 
 class Method(ABC):
-    """One algorithm. The trainer calls `rehearse`, `begin`, `penalty` once a step, `learned`, `finish`, task by task.
+    """One algorithm. The trainer calls `rehearse`, `begin`, `penalty` once a step, `learned`, `finish`, task by task;
+    before them `forget` where a task is learned anew.
 
     `state` is all that training changes: its state dict is the checkpoint of a step, and a better step is put back
     into it before `learned`. `base` is the base with its adapted FFNs, for methods that need more of it than its
@@ -49,6 +50,9 @@ class Method(ABC):
     def base(self) -> Injected:
         assert self._base is not None, f"{self.name} needs the base: make_method(..., base=model.injected)"
         return self._base
+
+    def forget(self, task: str) -> None:  # noqa: B027 - most methods keep nothing
+        """The rules of `task` have changed: what was kept of it for the sake of later tasks is no longer true."""
 
     def rehearse(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
         """What a task whose training rows are `rows` is trained on. Called before `begin`."""
@@ -111,6 +115,16 @@ class Method(ABC):
 def labels(task: Task) -> int:
     """Rows of the task's classifier head; 0 where the language model answers."""
     return len(task.labels or ()) if task.head == "classifier" else 0
+
+
+def in_order(names: Iterable[str]) -> list[tuple[str, str]]:
+    """(NUMBER.TASK, TASK) of such names, in the order of the numbers: a store sorts the tensors of a file.
+
+    >>> in_order(["10.b", "2.a.c"])
+    [('2.a.c', 'a.c'), ('10.b', 'b')]
+    """
+    ordered = sorted(names, key=lambda name: int(name.partition(".")[0]))
+    return [(name, name.partition(".")[2]) for name in ordered]
 
 
 def fresh_head(method: Method, task: Task) -> nn.Linear | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moecl.config import Task
 from moecl.data.encode import Encoded
 from moecl.method_config import MoCLConfig
-from moecl.methods.base import Finished
+from moecl.methods.base import Finished, in_order
 from moecl.methods.one_lora import LoRAMethod
 from moecl.nn.call import Parts
 from moecl.nn.forms import frozen_copy, tensors
@@ -36,9 +36,23 @@ class MoCL(LoRAMethod):
 
     def __init__(self, config: Any, geometry: Geometry, seed: int, base: Injected | None = None) -> None:
         super().__init__(config, geometry, seed, base)
-        self.loras: list[Expert] = []
-        self.keys: list[Keys] = []
+        self.past: dict[str, tuple[Expert, Keys]] = {}  # of finished tasks
         self.state.key = Keys(torch.zeros(1, geometry.hidden_size))
+
+    @property
+    def loras(self) -> tuple[Expert, ...]:
+        return tuple(lora for lora, _ in self.past.values())
+
+    @property
+    def keys(self) -> tuple[Keys, ...]:
+        return tuple(key for _, key in self.past.values())
+
+    def forget(self, task: str) -> None:
+        self.past.pop(task, None)
+
+    def begin(self, task: Task, start: Parts | None = None) -> Parts:
+        self.task = task.name
+        return super().begin(task, start)
 
     def rehearse(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
         queries = F.normalize(self.base.queries([row.input_ids for row in rows]), dim=-1)
@@ -54,8 +68,8 @@ class MoCL(LoRAMethod):
         if task.head == "classifier":
             return None
         fresh = self.fresh(task.name)
-        keys = self.keys or [Keys(torch.ones(1, self.geometry.hidden_size, device=self.device))]
-        return Mix(tuple(self.loras) or (fresh,), tuple(keys), self.scale, self.config.sharpness)
+        keys = self.keys or (Keys(torch.ones(1, self.geometry.hidden_size, device=self.device)),)
+        return Mix(self.loras or (fresh,), keys, self.scale, self.config.sharpness)
 
     def penalty(self, features: Mapping[int, Tensor], step: int, query: Tensor | None = None) -> Tensor | None:
         assert query is not None
@@ -63,16 +77,17 @@ class MoCL(LoRAMethod):
         return -F.cosine_similarity(query.float(), key.keys).mean()
 
     def finish(self) -> Finished:
-        self.loras.append(frozen_copy(self.state.lora))
-        self.keys.append(frozen_copy(self.state.key))
-        parts = Mix(tuple(self.loras), tuple(self.keys), self.scale, self.config.sharpness, self.take_head())
+        self.past[self.task] = frozen_copy(self.state.lora), frozen_copy(self.state.key)
+        parts = Mix(self.loras, self.keys, self.scale, self.config.sharpness, self.take_head())
         return self.finished(parts, scale=self.scale)
 
     def export(self) -> dict[str, dict[str, Tensor]]:
         state = {f"lora-{k}": tensors(lora) for k, lora in enumerate(self.loras)}
-        return state | {"keys": {"keys": torch.cat([one.keys.detach().cpu() for one in self.keys])}}
+        keys = {f"{k}.{task}": key.keys.detach().cpu() for k, (task, (_, key)) in enumerate(self.past.items())}
+        return state | {"keys": keys}
 
     def restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        keys = state["keys"]["keys"].to(self.device)
-        self.keys = [Keys(key.clone()).requires_grad_(False) for key in torch.split(keys, 1)]
-        self.loras = [load_expert(self.geometry, state[f"lora-{k}"]).to(self.device) for k in range(len(keys))]
+        self.past = {}
+        for k, (name, task) in enumerate(in_order(state["keys"])):
+            lora = load_expert(self.geometry, state[f"lora-{k}"]).to(self.device)
+            self.past[task] = lora, Keys(state["keys"][name].to(self.device).clone()).requires_grad_(False)

@@ -43,23 +43,23 @@ class MoECLMethod(Method):
         self.state = GatedLearner(geometry, config, seed)
         self.reads_features = self.state.adversary is not None
         self.keys: dict[str, Tensor] = {}  # of finished tasks
-        self.new: dict[str, Tensor] = {}  # of tasks not yet learned, for which every row of R asks
-        self.rows: Sequence[Encoded] = ()  # of the task to begin
+        self._asked: dict[str, Tensor] = {}  # of tasks to come, whose rows stay the same from one row of R to the next
+        self.key: Tensor | None = None  # of the one under way
 
     def rehearse(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
-        self.rows = rows
+        self.key = self._key(rows) if self.config.warm_start == "nearest" else None
         return rows
 
-    def _key(self, task: Task, rows: Sequence[Encoded]) -> Tensor:
+    def _key(self, rows: Sequence[Encoded]) -> Tensor:
         """[D]: where a task's texts lie, to find the old tasks that are near."""
-        if task.name not in self.new:
-            self.new[task.name] = self.base.queries([row.input_ids for row in rows[:KEY_ROWS]]).mean(dim=0).cpu()
-        return self.new[task.name]
+        return self.base.queries([row.input_ids for row in rows[:KEY_ROWS]]).mean(dim=0).cpu()
 
     def starts(self, task: Task, rows: Sequence[Encoded], old: Mapping[str, Callable[[], Parts]]) -> dict[str, Parts]:
         if self.config.warm_start != "nearest" or task.head == "classifier" or not old:
             return {}
-        key = self._key(task, rows)
+        if task.name not in self._asked:
+            self._asked[task.name] = self._key(rows)
+        key = self._asked[task.name]
         near = {name: float(F.cosine_similarity(key, self.keys.get(name, -key), dim=0)) for name in old}
         names = sorted(near, key=near.__getitem__, reverse=True)[:STARTS]
         found = {name: self.state.like(old[name]()) for name in names}
@@ -67,8 +67,6 @@ class MoECLMethod(Method):
 
     def begin(self, task: Task, start: Parts | None = None) -> Parts:
         self.task = task.name
-        if self.config.warm_start == "nearest" and self.rows:
-            self._key(task, self.rows)
         return self.state.begin(task.name, labels(task), start)
 
     def preview(self, task: Task) -> Parts | None:
@@ -81,8 +79,8 @@ class MoECLMethod(Method):
         return self.state.loss(features, step) if self.reads_features else None
 
     def finish(self) -> Finished:
-        if (key := self.new.pop(self.task, None)) is not None:
-            self.keys[self.task] = key
+        if self.key is not None:
+            self.keys[self.task] = self.key
         return self.finished(self.state.finish(), scale=self.state.scale)
 
     def export(self) -> dict[str, dict[str, Tensor]]:

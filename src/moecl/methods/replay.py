@@ -7,16 +7,19 @@ may not be allowed to keep. Needs no task id.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from moecl.config import Task
 from moecl.data.encode import Encoded
 from moecl.method_config import ReplayConfig
-from moecl.methods.base import Finished
+from moecl.methods.base import Finished, in_order
 from moecl.methods.one_lora import LoRAMethod
+from moecl.nn.call import Parts
 from moecl.nn.gated import seeded
 from moecl.nn.inject import Injected
 from moecl.nn.lora import Geometry
@@ -29,25 +32,43 @@ class Replay(LoRAMethod):
 
     def __init__(self, config: Any, geometry: Geometry, seed: int, base: Injected | None = None) -> None:
         super().__init__(config, geometry, seed, base)
-        self.memory: list[Encoded] = []
+        self.memory: dict[str, list[Encoded]] = {}  # by the task that they are from
         self.rows: Sequence[Encoded] = ()
+
+    def forget(self, task: str) -> None:
+        self.memory.pop(task, None)
 
     def rehearse(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
         self.rows = rows
-        return [*rows, *self.memory]
+        return [*rows, *chain.from_iterable(self.memory.values())]
+
+    def begin(self, task: Task, start: Parts | None = None) -> Parts:
+        self.task = task.name
+        return super().begin(task, start)
 
     def finish(self) -> Finished:
-        count = max(1, round(self.config.share * len(self.rows)))
-        drawn = torch.randperm(len(self.rows), generator=seeded(self.seed, len(self.memory), "memory"))[:count]
-        self.memory += [self.rows[place] for place in sorted(drawn.tolist())]
+        count, kept = max(1, round(self.config.share * len(self.rows))), sum(map(len, self.memory.values()))
+        drawn = torch.randperm(len(self.rows), generator=seeded(self.seed, kept, "memory"))[:count]
+        self.memory[self.task] = [self.rows[place] for place in sorted(drawn.tolist())]
         return super().finish()
 
     def export(self) -> dict[str, dict[str, Tensor]]:
-        lengths = torch.tensor([[len(row.input_ids), len(row.answer_ids)] for row in self.memory])
-        ids = [torch.tensor([*row.input_ids, *row.answer_ids]) for row in self.memory]
-        return super().export() | {"memory": {"ids": pad_sequence(ids, batch_first=True), "lengths": lengths}}
+        kept = {}
+        for number, (task, rows) in enumerate(self.memory.items()):
+            ids = [torch.tensor([*row.input_ids, *row.answer_ids]) for row in rows]
+            kept[f"{number}.{task}.ids"] = pad_sequence(ids, batch_first=True)
+            kept[f"{number}.{task}.lengths"] = torch.tensor([[len(one.input_ids), len(one.answer_ids)] for one in rows])
+        return super().export() | {"memory": kept}
 
     def restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         super().restore(state)
-        kept = zip(state["memory"]["ids"].tolist(), state["memory"]["lengths"].tolist(), strict=True)
-        self.memory = [Encoded(ids[:given], ids[given : given + answer], -1, False) for ids, (given, answer) in kept]
+        kept = state["memory"]
+        self.memory = {
+            task: as_rows(kept[f"{name}.ids"].tolist(), kept[f"{name}.lengths"].tolist())
+            for name, task in in_order(name.removesuffix(".ids") for name in kept if name.endswith(".ids"))
+        }
+
+
+def as_rows(ids: Sequence[list[int]], lengths: Sequence[tuple[int, int]]) -> list[Encoded]:
+    pairs = zip(ids, lengths, strict=True)
+    return [Encoded(one[:given], one[given : given + answer], -1, False) for one, (given, answer) in pairs]

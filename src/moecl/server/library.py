@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from moecl._sizes import KV_MEMORY
 from moecl.config import AUTO
 from moecl.data.task import template
 from moecl.engine import Engine
@@ -26,7 +27,7 @@ class Snapshot:
 
     store: Store
     engine: Engine
-    levels: dict[str, TaskThresholds] | None  # None without a thresholds file; a task that it does not fit has none
+    levels: dict[str, TaskThresholds] | None  # NAME@VERSION -> its own; None without a thresholds file
     result: Result | None
     router: Router | None
     created: int
@@ -41,19 +42,18 @@ class Snapshot:
 
     def run(self) -> Run:
         result = self.result
-        scores = {} if result is None else dict(zip(result.tasks, result.R[-1], strict=True))
         return Run(
             base=self.store.manifest.base.id,
             auto=self.router is not None,
             thresholds=self.levels is not None,
-            tasks=[self._info(record, scores.get(record.name)) for record in self.store.tasks()],
+            tasks=[self._info(record) for record in self.store.tasks()],
             R=None if result is None else result.R,
             R_tasks=[] if result is None else result.tasks,
             metrics={} if result is None else result.metrics,
         )
 
-    def _info(self, record: TaskRecord, score: float | None) -> TaskInfo:
-        task = record.task
+    def _info(self, record: TaskRecord) -> TaskInfo:
+        task, result = record.task, self.result
         return TaskInfo(
             name=record.name,
             version=record.version,
@@ -62,8 +62,8 @@ class Snapshot:
             labels=list(task.labels or ()),
             fields=list(dict.fromkeys(template(task.instruction).names)),
             metric=task.metric,
-            score=score,
-            expert=record.expert,
+            score=None if result is None else result.score_of(record.name, record.version, record.parts),
+            expert=expert(record),
             parts=record.parts,
         )
 
@@ -71,7 +71,9 @@ class Snapshot:
 class Library:
     """Loads the base once, and the store's manifest each time it changes."""
 
-    def __init__(self, run: Path, device: str, expert_memory: str, thresholds: Path | None) -> None:
+    def __init__(
+        self, run: Path, device: str, expert_memory: str, thresholds: Path | None, kv_memory: int = KV_MEMORY
+    ) -> None:
         """Raises RunError, StoreError, BaseError; DataError where the thresholds do not fit."""
         self.thresholds = thresholds
         store = open_store(run)
@@ -79,7 +81,7 @@ class Library:
         self.result_of = run if store.path != run else None
         self._seen = self._marks()
         self.model = load(store, device, expert_memory)
-        self.engine = Engine(self.model)
+        self.engine = Engine(self.model, kv_memory=kv_memory)
         self.now = self._snapshot(store, self.engine, strict=True)
 
     def reload(self) -> bool:
@@ -107,7 +109,7 @@ class Library:
             if record.task.kind != "classification" or (strict and record.name not in known.tasks):
                 continue
             try:
-                found[record.name] = known.of(record.name, record.task.labels or (), record.parts, path)
+                found[record.reference] = known.of(record.name, record.task.labels or (), record.parts, path)
             except MoECLError as error:
                 if strict:
                     raise
@@ -136,3 +138,8 @@ def mark(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def expert(record: TaskRecord) -> str:
+    """The sha256 of the task's own expert, as `moecl tasks` tells it."""
+    return record.parts.get("task", next(iter(record.parts.values())))

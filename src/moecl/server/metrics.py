@@ -21,6 +21,7 @@ class Metrics:
         )
         self.rows = Counter("moecl_rows", "Rows answered.", ["task"], registry=at)
         self.tokens = Counter("moecl_tokens", "Tokens read and written.", ["task", "kind"], registry=at)
+        self.reused = Counter("moecl_kv_tokens_reused", "Tokens of prompts that were not read again.", registry=at)
         self.batch = Histogram("moecl_batch_rows", "Rows in one forward.", ["kind"], buckets=ROWS, registry=at)
         self.queue = Gauge("moecl_queue_rows", "Rows under way: waiting or being answered.", registry=at)
         self.cancelled = Counter("moecl_cancelled", "Requests whose client left.", registry=at)

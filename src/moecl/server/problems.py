@@ -69,9 +69,15 @@ def from_validation(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"{param}: not supported; leave it out", param=param, code="unsupported_parameter")
     if not param:
         return ApiError(400, "the body is no JSON object; send one with the header Content-Type: application/json")
+    if first["type"] == "missing":
+        return ApiError(400, f"{param}: is missing", param=param)
+    if first["type"] == "too_short":
+        return ApiError(400, f"{param}: is empty; give one at least", param=param)
+    found = "" if isinstance(first["input"], dict | list) else f", not {first['input']!r:.80}"
     wanted = first["msg"].removeprefix("Input should be ")
-    missing = first["type"] == "missing"
-    return ApiError(400, f"{param}: {'is missing' if missing else f'should be {wanted}'}", param=param)
+    if isinstance(first["input"], dict) and first["type"] == "string_type":
+        wanted = "a string; objects go into a list"
+    return ApiError(400, f"{param}: should be {wanted}{found}", param=param)
 
 
 def place(keys: Sequence[Any]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moecl.engine import Engine, GateUse
-from moecl.generation import Decoder, Writing
+from moecl.generation import Decoder, Piece, Writing
 from moecl.request import Prediction, Request
 from moecl.server.metrics import Metrics
 
@@ -46,7 +46,7 @@ class Job:
 
     async def last(self) -> Any:
         """What all ends with."""
-        while isinstance(found := await self.answer(), str):
+        while isinstance(found := await self.answer(), Piece):
             pass
         return found
 
@@ -200,6 +200,7 @@ class Worker:
     def _join(self, texts: list[Text]) -> None:
         if not texts:
             return
+        before = self.engine.kv_tokens_reused
         try:
             self.decoder.join([job.writing for job in texts])
         except Exception as error:
@@ -209,6 +210,7 @@ class Worker:
                 for job in texts:
                     self._join([job])
             return
+        self.metrics.reused.inc(self.engine.kv_tokens_reused - before)
         for job in texts:
             self._writing[id(job.writing)] = job
         self._moved(texts)

@@ -24,7 +24,9 @@ def serve(settings: Settings, ready: Callable[[str, Library], None]) -> None:
     listening = bound(settings)
     with listening:
         with quietly():
-            library = Library(settings.run, settings.device, settings.expert_memory, settings.thresholds)
+            library = Library(
+                settings.run, settings.device, settings.expert_memory, settings.thresholds, settings.kv_memory
+            )
         write_logs()
         config = uvicorn.Config(
             create_app(library, settings),

@@ -9,15 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from moecl import routed
 from moecl.config import AUTO
-from moecl.data.task import template
+from moecl.data.task import template, text_of_any
 from moecl.engine import MAX_LENGTH
 from moecl.errors import DataError, StoreError
-from moecl.generation import Completion, Sampling
+from moecl.generation import Completion, Piece, Sampling
 from moecl.request import Prediction, Request
 from moecl.review import REVIEW, decide, rounded
-from moecl.server.library import Library, Snapshot
+from moecl.server.library import Library, Snapshot, expert
 from moecl.server.metrics import Metrics
 from moecl.server.problems import ApiError, from_ours
 from moecl.server.queue import Answer, Reading, Routing, Text, Worker
@@ -75,17 +74,17 @@ class Service:
         with self._room(len(rows)):
             return await self._again(lambda now: self._write(now, model, rows, sampling))
 
-    async def stream(self, model: str, row: Asked, sampling: Sampling) -> AsyncGenerator[TaskRecord | str | Written]:
+    async def stream(self, model: str, row: Asked, sampling: Sampling) -> AsyncGenerator[TaskRecord | Piece | Written]:
         """The record first, pieces of the text as they are written, at last the whole."""
         with self._room(1):
             [begun] = await self._again(lambda now: self._begin(now, model, [row], sampling))
             try:
                 yield begun.record
-                while isinstance(found := await begun.job.answer(), str):
+                while isinstance(found := await begun.job.answer(), Piece):
                     yield found
                 written = self._written(begun, found)
                 if written.completion is None:
-                    yield written.text
+                    yield Piece(written.text)
                 yield written
             finally:
                 begun.job.cancelled = True
@@ -188,10 +187,11 @@ class Service:
             return [model] * len(rows), [None] * len(rows)
         if now.router is None:
             raise ApiError(404, "model: auto needs a router, which this store has not; name a task", param="model")
+        tasks = [record.task for record in now.store.tasks()]
         try:
-            texts = routed.texts(now.engine, now.router, [(f"input[{place}]", row) for place, row in enumerate(rows)])
+            texts = [text_of_any(row, tasks, f"input {place + 1}") for place, row in enumerate(rows)]
         except DataError as error:
-            raise from_ours(error, param="input") from error
+            raise from_ours(error) from error
         if not all(text.strip() for text in texts):
             raise ApiError(400, "input: auto reads texts that are not empty", param="input")
         routes = await self._done(Routing(now.router.route, texts))
@@ -263,7 +263,7 @@ def classified(
             index=index, label=None, scores={}, decision=undecided, task=None, version=None, expert=None, tasks=shares
         )
     scores = {label: rounded(share) for label, share in found.scores.items()}
-    levels = (now.levels or {}).get(record.name)
+    levels = (now.levels or {}).get(record.reference)
     return Classified(
         index=index,
         label=found.label,
@@ -271,7 +271,7 @@ def classified(
         decision=undecided if levels is None else decide(levels, found.label, scores),
         task=record.name,
         version=record.version,
-        expert=record.expert,
+        expert=expert(record),
         tasks=shares,
         gates=None if use is None else {str(layer): rounded(share) for layer, share in use.items()},
     )

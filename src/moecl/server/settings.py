@@ -1,10 +1,14 @@
 """What `moecl serve` was asked for."""
 
+import re
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
+from moecl._sizes import KV_MEMORY
 from moecl.errors import ConfigError
+
+ORIGIN = re.compile(r"https?://[^/\s@]+")
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class Settings:
     thresholds: Path | None = None
     device: str = "auto"
     expert_memory: str = "2GB"
+    kv_memory: int = KV_MEMORY
     queue: int = 256
     wait_ms: float = 3.0
     timeout: float = 60.0
@@ -44,6 +49,9 @@ class Settings:
         for option, (fine, value, wanted) in checks.items():
             if not fine:
                 raise ConfigError(f"{option}: {value} is out of range; give {wanted}")
+        for origin in self.origins:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ConfigError(f"--cors: {origin!r:.100} is no origin; give one as https://a.example, or *")
         if not self.loopback and not self.keys:
             raise ConfigError(
                 f"--host {self.host}: others can reach it; give --api-key FILE or MOECL_API_KEYS, or leave --host out"

@@ -6,7 +6,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
-from moecl.generation import Token
+from moecl.generation import Piece, Token
+from moecl.server.library import expert
 from moecl.server.schema import (
     Chat,
     ChatChoice,
@@ -27,7 +28,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 def fingerprint(record: TaskRecord) -> str:
-    return f"{record.name}-v{record.version}-{record.expert[:12]}"
+    return f"{record.name}-v{record.version}-{expert(record)[:12]}"
 
 
 def head(kind: str, record: TaskRecord) -> dict[str, Any]:
@@ -88,8 +89,9 @@ def one_logprob(token: str, logprob: float) -> TopLogprob:
     return TopLogprob(token=token, logprob=max(logprob, -9999.0), bytes=list(token.encode()))  # JSON has no infinity
 
 
-def text_logprobs(tokens: Sequence[TokenLogprob]) -> TextLogprobs:
-    offsets = [0]
+def text_logprobs(tokens: Sequence[TokenLogprob], offset: int = 0) -> TextLogprobs:
+    """`offset`: characters before them."""
+    offsets = [offset]
     for token in tokens:
         offsets.append(offsets[-1] + len(token.token))
     return TextLogprobs(
@@ -107,67 +109,63 @@ def event(data: Mapping[str, Any]) -> bytes:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
 
 
+Said = TaskRecord | Piece | Written
+Choice = Callable[[str, Sequence[TokenLogprob], str | None], dict[str, Any]]  # text, tokens, why it ends there
+
+
 async def chat_events(
-    pieces: AsyncIterator[str | Written | TaskRecord], decode: Decode, top: int | None, with_usage: bool
+    pieces: AsyncIterator[Said], decode: Decode, top: int | None, with_usage: bool
 ) -> AsyncIterator[bytes]:
-    """Log p comes with the last piece."""
+    """A piece's tokens come with it."""
 
-    def chunk(delta: dict[str, Any], finish_reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
-        return {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+    def choice(text: str, tokens: Sequence[TokenLogprob], reason: str | None = None, **delta: str) -> dict[str, Any]:
+        logprobs = ChatLogprobs(content=list(tokens)).model_dump() if tokens else None
+        delta |= {"content": text} if text else {}
+        return {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
-    async for data in events(
-        "chat.completion.chunk",
-        pieces,
-        with_usage,
-        first=chunk({"role": "assistant", "content": ""}),
-        piece=lambda text: chunk({"content": text}),
-        last=lambda answer: chunk(
-            {},
-            finish(answer),
-            None if top is None else ChatLogprobs(content=told(answer, decode, top)).model_dump(),
-        ),
-    ):
+    first = choice("", (), role="assistant", content="")
+    async for data in events("chat.completion.chunk", pieces, decode, top, with_usage, choice, first):
         yield data
 
 
 async def text_events(
-    pieces: AsyncIterator[str | Written | TaskRecord], decode: Decode, top: int | None, with_usage: bool
+    pieces: AsyncIterator[Said], decode: Decode, top: int | None, with_usage: bool
 ) -> AsyncIterator[bytes]:
-    def choice(text: str, finish_reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
-        return {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+    offset = 0
 
-    async for data in events(
-        "text_completion",
-        pieces,
-        with_usage,
-        first=None,
-        piece=choice,
-        last=lambda answer: choice(
-            "", finish(answer), None if top is None else text_logprobs(told(answer, decode, top)).model_dump()
-        ),
-    ):
+    def choice(text: str, tokens: Sequence[TokenLogprob], reason: str | None = None) -> dict[str, Any]:
+        nonlocal offset
+        logprobs = text_logprobs(tokens, offset).model_dump() if tokens else None
+        offset += sum(len(token.token) for token in tokens)
+        return {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    async for data in events("text_completion", pieces, decode, top, with_usage, choice):
         yield data
 
 
 async def events(
     kind: str,
-    pieces: AsyncIterator[str | Written | TaskRecord],
+    pieces: AsyncIterator[Said],
+    decode: Decode,
+    top: int | None,
     with_usage: bool,
-    first: dict[str, Any] | None,
-    piece: Callable[[str], dict[str, Any]],
-    last: Callable[[Written], dict[str, Any]],
+    choice: Choice,
+    first: dict[str, Any] | None = None,
 ) -> AsyncIterator[bytes]:
     shared: dict[str, Any] = {}
     more = {"usage": None} if with_usage else {}
+    seen = 0  # tokens that were told
     async for found in pieces:
         if isinstance(found, TaskRecord):
             shared = head(kind, found)
-            if first is not None:
-                yield event({**shared, "choices": [first], **more})
-        elif isinstance(found, str):
-            yield event({**shared, "choices": [piece(found)], **more})
+            said = [] if first is None else [first]
+        elif isinstance(found, Piece):
+            said = [choice(found.text, [token_logprob(token, decode) for token in found.logprobs], None)]
+            seen += len(found.logprobs)
         else:
-            yield event({**shared, "choices": [last(found)], **more})
-            if with_usage:
-                yield event({**shared, "choices": [], "usage": usage([found]).model_dump()})
+            said = [choice("", [] if top is None else told(found, decode, top)[seen:], finish(found))]
+        for one in said:
+            yield event({**shared, "choices": [one], **more})
+        if with_usage and isinstance(found, Written):
+            yield event({**shared, "choices": [], "usage": usage([found]).model_dump()})
     yield DONE
