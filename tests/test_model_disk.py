@@ -137,12 +137,15 @@ def test_what_does_not_fit_is_one_line(tiny_folder, tmp_path, change):
         (path / "training" / f"memory-{manifest['training']['memory']}.safetensors").unlink()
         del manifest["training"]["memory"]
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(
-        StoreError, match={"form": "upgrade", "training": "further learning"}.get(change, "does not fit")
-    ) as caught:
+
+    def use():
         loaded = MoECL.from_pretrained(path)
         loaded.add_task(task("c"))
         loaded(**tiny_batch(), task="a")
+
+    said = {"form": "upgrade", "training": "further learning"}.get(change, "does not fit")
+    with pytest.raises(StoreError, match=said) as caught:
+        use()
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
 
@@ -186,7 +189,8 @@ def test_push_to_hub_and_back(tiny_folder, tmp_path, monkeypatch):
     assert model.push_to_hub("user/model", private=True) == "https://hub/commit"
     assert uploads == [("user/model", [".lock", "audit.jsonl"])]
     assert "base_model" not in (tmp_path / "hub" / "README.md").read_text(), "a folder is no id of the hub"
-    loaded = MoECL.from_pretrained("user/model", revision="main")
+    assert str(tiny_folder) not in (tmp_path / "hub" / "manifest.json").read_text()
+    loaded = MoECL.from_pretrained("user/model", base=str(tiny_folder), revision="main")
     assert torch.equal(loaded(**tiny_batch(), task="b").logits, model(**tiny_batch(), task="b").logits)
 
 
