@@ -138,13 +138,13 @@ def test_what_does_not_fit_is_one_line(tiny_folder, tmp_path, change):
         del manifest["training"]["memory"]
     (path / "manifest.json").write_text(json.dumps(manifest))
 
-    def use():
+    def use() -> None:
         loaded = MoECL.from_pretrained(path)
         loaded.add_task(task("c"))
         loaded(**tiny_batch(), task="a")
 
-    said = {"form": "upgrade", "training": "further learning"}.get(change, "does not fit")
-    with pytest.raises(StoreError, match=said) as caught:
+    message = {"form": "upgrade", "training": "further learning"}.get(change, "does not fit")
+    with pytest.raises(StoreError, match=message) as caught:
         use()
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500

@@ -216,7 +216,7 @@ def test_a_task_that_writes_classifies_nothing(server):
     ("path", "body", "param", "message"),
     [
         ("classify", {"model": "mood"}, "input", "is missing"),
-        ("classify", {"model": "mood", "input": []}, "input", "at least 1 item"),
+        ("classify", {"model": "mood", "input": []}, "input", "is empty; give one at least"),
         ("classify", {"model": "mood", "input": 3}, "input", "should"),
         ("classify", {"model": "mood", "input": ["x", " "]}, "input", "row 2: text: the text is empty"),
         ("classify", {"model": "mood", "input": ["\ud800"]}, "input[0]", "unicode"),
@@ -227,7 +227,7 @@ def test_a_task_that_writes_classifies_nothing(server):
         ("completions", {"model": "write", "prompt": "x", "temperature": 3}, "temperature", "less than or equal to 2"),
         ("completions", {"model": "write", "prompt": "x", "logit_bias": {}}, "logit_bias", "not supported"),
         ("completions", {"model": "write", "prompt": ["x", "y"], "stream": True}, "prompt", "can be streamed"),
-        ("chat/completions", {"model": "mood", "messages": []}, "messages", "at least 1 item"),
+        ("chat/completions", {"model": "mood", "messages": []}, "messages", "is empty; give one at least"),
         (
             "chat/completions",
             {"model": "mood", "messages": [{"role": "x", "content": ""}]},

@@ -191,7 +191,7 @@ class Service:
         try:
             texts = [text_of_any(row, tasks, f"input {place + 1}") for place, row in enumerate(rows)]
         except DataError as error:
-            raise from_ours(error) from error
+            raise from_ours(error, "input") from error
         if not all(text.strip() for text in texts):
             raise ApiError(400, "input: auto reads texts that are not empty", param="input")
         routes = await self._done(Routing(now.router.route, texts))
