@@ -415,7 +415,7 @@ def cache_clear(
     cls=Command, epilog="moecl report runs/mine\nmoecl report out/bench\nmoecl report runs/a runs/b -o ab.html"
 )
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders, or what `moecl bench` wrote.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR", help="Run folders, or what `moecl bench` wrote.")],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="The page; default report.html in DIR, for several here."),
