@@ -12,8 +12,10 @@ from moecl.course import Course, Watcher
 from moecl.data import derived
 from moecl.data.encode import Encoded
 from moecl.data.task import load_task_data
-from moecl.estimate import COPIES, kept_bytes, padded, passes, rows_tested, scratch_batch, survey
+from moecl.estimate import COPIES, kept_bytes, padded, passes, rows_tested, scratch_batch, starts_tried, survey
+from moecl.method_config import MoECLConfig
 from moecl.router import Features
+from moecl.start import Starts
 from moecl.train import ContinualTrainer
 from tiny_stream import write_stream
 
@@ -141,6 +143,36 @@ def test_survey_tells_what_the_prefix_cache_takes(tiny_folder, tmp_path, monkeyp
     assert found["bytes"] < taken < found["bytes"] + 300 * entries, "the tensors, and a header each"
     for setting in ("train.prefix_cache=0", "method.adapt_layers=all"):
         assert survey(load_stream(path, ["method.adapt_layers=1", setting]), Watcher())["estimate"]["prefix"] is None
+
+
+@pytest.mark.parametrize("retention", ["exact", "live"])
+@pytest.mark.parametrize("evaluate", ["all", "seen"])
+def test_survey_counts_the_starts(retention, evaluate, tiny_folder, tmp_path, monkeypatch):
+    """As often as a run then tries rows."""
+    method = {"name": "moe-cl", "rank": 2, "warm_start": "nearest", "retention": retention}
+    path = write_stream(tmp_path / "data", tiny_folder, tasks=3, rows=16, method=method, evaluate=evaluate)
+    config = load_stream(path, ["train.epochs=1", "train.precision=fp32"])
+    survey(config, Watcher())
+    losses, real = [], Starts.loss
+    monkeypatch.setattr(Starts, "loss", lambda self, course, parts: losses.append(1) or real(self, course, parts))
+    ContinualTrainer(config, tmp_path / "run").run()
+    courses = [Course(load_task_data(task).task, test=((), ())) for task in config.tasks]
+    assert len(losses) == sum(starts_tried(config, place, one) for place, one in enumerate(courses))
+
+
+def test_starts_tried_of_many_tasks():
+    """Of finished tasks that never change each once, at most four at a time; none where none can be offered."""
+    method = {"name": "moe-cl", "warm_start": "nearest"}
+    config = stream(8).model_copy(update={"method": MoECLConfig(**method), "evaluate": "seen"})
+    course = Course(config.tasks[0], test=((), ()))
+    assert [starts_tried(config, place, course) for place in (0, 1, 7)] == [0, 2, 5]
+    every = config.model_copy(update={"evaluate": "all"})
+    assert starts_tried(every, 7, course) == 7 * 2 + 1
+    live = every.model_copy(update={"method": MoECLConfig(**method, retention="live")})
+    assert starts_tried(live, 7, course) == 8 + (1 + 2 + 3 + 4 * 4) + 4
+    head = Course(config.tasks[0].model_copy(update={"head": "classifier"}), test=((), ()))
+    assert starts_tried(every, 7, head) == 0
+    assert starts_tried(stream(8), 7, course) == 0
 
 
 def test_survey_tells_a_heads_labels_as_training_sees_them(tiny_folder, tmp_path):

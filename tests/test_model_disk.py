@@ -189,7 +189,8 @@ def test_push_to_hub_and_back(tiny_folder, tmp_path, monkeypatch):
     assert model.push_to_hub("user/model", private=True) == "https://hub/commit"
     assert uploads == [("user/model", [".lock", "audit.jsonl"])]
     assert "base_model" not in (tmp_path / "hub" / "README.md").read_text(), "a folder is no id of the hub"
-    loaded = MoECL.from_pretrained("user/model", revision="main")
+    assert str(tiny_folder) not in (tmp_path / "hub" / "manifest.json").read_text()
+    loaded = MoECL.from_pretrained("user/model", base=str(tiny_folder), revision="main")
     assert torch.equal(loaded(**tiny_batch(), task="b").logits, model(**tiny_batch(), task="b").logits)
 
 

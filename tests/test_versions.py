@@ -1,10 +1,12 @@
 """Versions and aliases where a task is named: model, engine and further learning, after everything a store may see."""
 
+import getpass
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 from moecl.bank import find
 from moecl.config import StreamConfig, load_stream
@@ -12,6 +14,7 @@ from moecl.engine import Engine
 from moecl.errors import StoreError, TaskError
 from moecl.model import MoECL
 from moecl.results import Result
+from moecl.router import Router
 from moecl.session import Session
 from moecl.store import Store
 from moecl.train import ContinualTrainer, learn
@@ -220,6 +223,72 @@ def test_a_store_on_the_hub_keeps_its_names(original, run, tmp_path, monkeypatch
     model = MoECL.from_pretrained("user/model")
     with torch.no_grad():
         assert torch.equal(model(**tiny_batch(), task="task0@prod").logits, logits(original[0] / "once", "task0"))
+
+
+def test_a_published_store_tells_nothing_of_its_machine(run, tmp_path, monkeypatch):
+    pushed = tmp_path / "pushed"
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", lambda token=None: Api(pushed))
+    MoECL.from_pretrained(run).push_to_hub("user/model", ignore_patterns="*.tmp")
+    names = {path.name for path in pushed.rglob("*") if path.is_file()}
+    assert not {"audit.jsonl", ".lock", "result.json", "config.yaml"} & names
+    manifest, card = (pushed / "manifest.json").read_text(), (pushed / "README.md").read_text()
+    store = Store.open(run / "store")
+    folder = Path(store.manifest.base.id)
+    for text in (manifest, card):
+        assert str(folder.parent) not in text
+        assert getpass.getuser() not in text
+    assert f'MoECL.from_pretrained("user/model", base="path/to/{folder.name}")' in card
+    assert "- task0@1, @prod" in card
+    assert "| (before any) | " in card
+    published = Store.open(pushed)
+    assert published.manifest.tasks == store.manifest.tasks
+    assert published.manifest.training == store.manifest.training
+    model = MoECL.from_pretrained(pushed, base=str(folder))
+    assert Router.load(model).tasks == ("task0", "task1")
+
+
+class Api:
+    """The hub, as far as a push asks it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def create_repo(self, repo_id, **kwargs):
+        return type("Repo", (), {"repo_id": repo_id})
+
+    def upload_folder(self, *, folder_path, ignore_patterns, delete_patterns, **kwargs):
+        assert "*.tmp" in ignore_patterns
+        assert delete_patterns == ["objects/*", "training/*", "tmp/*"]
+        files = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(files, ignore_patterns=ignore_patterns):
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder_path / name, self.folder / name)
+
+
+def test_what_was_deleted_is_not_published(run, tmp_path, monkeypatch):
+    source, pushed = Store.open(run / "store"), tmp_path / "pushed"
+    source.delete("task1")
+    assert "train.task1@1.mean" in source.training()["router"]
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", lambda token=None: Api(pushed))
+    MoECL.from_pretrained(run).push_to_hub("user/model", ignore_patterns="*.tmp")
+    saved = Store.open(pushed)
+    whose = {name.split(".")[1] for name in saved.training()["router"] if "@" in name}
+    assert whose == {"task0@1", "task0@2"}
+    assert saved.manifest.tasks == source.manifest.tasks
+
+
+def test_rows_that_a_method_keeps_stay_at_home(tmp_path, tiny_folder, monkeypatch):
+    method = {"name": "replay", "rank": 2}
+    config = load_stream(write_stream(tmp_path / "s", tiny_folder, rows=16, method=method, train=TRAIN))
+    ContinualTrainer(config, tmp_path / "run").run()
+    assert "0.task0.ids" in Store.open(tmp_path / "run" / "store").training()["memory"], "texts, as tokens"
+    pushed = tmp_path / "pushed"
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", lambda token=None: Api(pushed))
+    MoECL.from_pretrained(tmp_path / "run").push_to_hub("user/model", ignore_patterns="*.tmp")
+    assert {path.name.partition("-")[0] for path in (pushed / "training").iterdir()} == {"router"}
+    model = MoECL.from_pretrained(pushed, base=str(tiny_folder))
+    with torch.no_grad():
+        assert torch.equal(model(**tiny_batch(), task="task1").logits, logits(tmp_path / "run", "task1"))
 
 
 # --- a copy ---

@@ -24,7 +24,7 @@ from moecl.nn.forms import FORMS, from_tensors
 from moecl.nn.fused import Packed
 from moecl.nn.lora import Geometry
 from moecl.nn.moe_ffn import Gated
-from moecl.store import BaseInfo, Manifest, Store, TaskRecord
+from moecl.store import ROUTER, BaseInfo, Manifest, Store, TaskRecord
 
 OURS = MoECLConfig.model_fields["name"].default
 Key = tuple[str, ...]  # what an object is read as, and its digest
@@ -153,9 +153,14 @@ class Bank(MutableMapping[str, Entry]):
             )
         return self._manifest.record(name)
 
-    def copy_store(self, path: str | Path) -> Store | None:
+    @property
+    def store(self) -> Store | None:
+        """The store whose tasks were taken."""
+        return self._store
+
+    def copy_store(self, path: str | Path, base_id: str) -> Store | None:
         """A copy of the store whose tasks were taken, as it was then; None where there was none. Raises StoreError."""
-        return None if self._store is None else self._store.copy_to(path, self._manifest)
+        return None if self._store is None else self._store.copy_to(path, self._manifest, base_id)
 
     def __setitem__(self, name: str, entry: Entry) -> None:
         self._entries[name] = entry
@@ -264,6 +269,31 @@ def settings_of(store: Store) -> tuple[MoECLConfig, int]:
     ours = MoECLConfig.model_fields if known.get("method") in (None, OURS) else ("adapt_layers",)
     fields: Any = {name: known[name] for name in ours if name in known}
     return MoECLConfig(**fields), int(known.get("seed", 0))  # type: ignore[arg-type]
+
+
+def carried(store: Store) -> dict[str, dict[str, Tensor]]:
+    """Of a store's state for further learning what is published: MoE-CL's, and the router's statistics.
+
+    That of other methods serves `moecl learn` in its run alone, and may hold rows (replay's). What is a deleted
+    task's or version's own stays, too. Raises StoreError.
+    """
+    records = store.manifest.tasks
+    ours = not records or records[-1].settings.get("method") in (None, OURS)
+    state = store.training() if ours else store.training(ROUTER)
+    own = {"keys": {record.name for record in records}, ROUTER: {record.reference for record in records}}
+    for name in state.keys() & own.keys():
+        state[name] = {key: tensor for key, tensor in state[name].items() if _whose(key, name) in {"", *own[name]}}
+    return state
+
+
+def _whose(key: str, name: str) -> str:
+    """The task or version that a tensor is of; "" of what all have in common.
+
+    >>> _whose("reviews", "keys"), _whose("train.reviews@2.mean", "router"), _whose("train.scatter", "router")
+    ('reviews', 'reviews@2', '')
+    """
+    of = key.partition(".")[2].rpartition(".")[0] if name == ROUTER else key
+    return of if name != ROUTER or "@" in of else ""
 
 
 def check_same_base(store: Store, found: BaseInfo) -> None:

@@ -30,11 +30,13 @@ from moecl.data.tokens import encode_split
 from moecl.engine import Engine
 from moecl.evaluate import evaluate_task, prompts
 from moecl.methods.base import Method
+from moecl.methods.moe_cl import STARTS
 from moecl.model import MoECL
 from moecl.prefix import Prefixes
 from moecl.router import MOST_ROWS, Features, Statistics
 from moecl.session import asked_for, texts
 from moecl.settled import attach, attach_method, resolve
+from moecl.start import BATCH, ROWS, Starts
 from moecl.store import encode
 from moecl.task_trainer import Learner
 
@@ -87,6 +89,7 @@ def estimate(
     Uses up `method`. `process`: bytes that were taken before the base was loaded.
     """
     answering = [seconds_a_row(model, config, course) for course in courses]
+    choosing = starts_seconds(model, config, courses)
     first = courses[0]
     model.bank[first.name] = Entry(first.task, method.begin(first.task))
     trained = sum(p.numel() for group in method.groups().values() for p in group)
@@ -99,7 +102,7 @@ def estimate(
         )
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    routing = routing_seconds(model, config, courses)
+    beside = routing_seconds(model, config, courses) + choosing
     step, kept = scratch_step(Learner(model, method, first.task), batch)
     finished = method.finish()
     stored = {part: len(encode(tensors)) for part, tensors in finished.tensors.items()}
@@ -119,7 +122,7 @@ def estimate(
         for place, (seconds, one) in enumerate(zip(answering, courses, strict=True))
     )
     return {
-        "training_seconds": step / tokens * sum(total for total, _ in plans) + filling + routing,
+        "training_seconds": step / tokens * sum(total for total, _ in plans) + filling + beside,
         "evaluation_seconds": answers - spared,
         "memory_bytes": memory,
         "peak_bytes": sum(memory.values()),
@@ -143,6 +146,47 @@ def routing_seconds(model: MoECL, config: StreamConfig, courses: Sequence[Course
     started = time.perf_counter()
     features(some)
     return (time.perf_counter() - started) / len(some) * sum(min(len(split), MOST_ROWS) for split in splits)
+
+
+def starts_seconds(model: MoECL, config: StreamConfig, courses: Sequence[Course]) -> float:
+    """Seconds in which tasks not yet learned are tried with what they may start from."""
+    tried = [starts_tried(config, place, course) for place, course in enumerate(courses)]
+    if not any(tried):
+        return 0.0
+    one, starts = next(course for course, count in zip(courses, tried, strict=True) if count), Starts(Engine(model))
+    parts = attach_method(model, config).preview(one.task)
+    assert parts is not None
+    starts.loss(one, parts)  # the first one sets things up
+    begun = time.monotonic()
+    starts.loss(one, parts)
+    a_token = (time.monotonic() - begun) / tokens_tried(one)
+    return sum(a_token * tokens_tried(course) * count for course, count in zip(courses, tried, strict=True))
+
+
+def starts_tried(config: StreamConfig, place: int, course: Course) -> int:
+    """How often the first rows of task `place` (from 0) are tried: when it is learned, and for its cells of R before.
+
+    Each time afresh and with the nearest old tasks; with those that never change once, so that this is the most: which
+    will be near is not known yet.
+    """
+    method = config.method
+    experts = getattr(method, "experts", "both")
+    if getattr(method, "warm_start", None) != "nearest" or experts == "shared" or course.task.head == "classifier":
+        return 0
+    never_change = experts == "task" or getattr(method, "retention", None) == "exact"
+    asked = [number for number in range(1, place + 1) if course.test and asked_for(config, number, place)]
+    count = known = 0
+    for old in [*asked, place] if place else []:
+        count += 1 + min(old - known if never_change else old, STARTS)
+        known = old
+    return count
+
+
+def tokens_tried(course: Course) -> int:
+    """Of the rows that are tried, padding included."""
+    lengths = [len(row.input_ids) + len(row.answer_ids) for row in course.train[:ROWS]]
+    batches = [lengths[first : first + BATCH] for first in range(0, len(lengths), BATCH)]
+    return sum(len(batch) * max(batch) for batch in batches)
 
 
 def prefix_savings(

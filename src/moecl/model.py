@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.generic import ModelOutput
 
+from moecl._card import public_id
 from moecl._sizes import EXPERT_MEMORY, parse_size
 from moecl.backbone import (
     DTYPES,
@@ -23,7 +24,7 @@ from moecl.backbone import (
     resolve_precision,
     weights_sha256,
 )
-from moecl.bank import Bank, Entry, check_same_base, find, fitting, open_store, settings_of
+from moecl.bank import Bank, Entry, carried, check_same_base, find, fitting, open_store, settings_of
 from moecl.config import Task
 from moecl.errors import BaseError, ConfigError, StoreError, TaskError
 from moecl.method_config import MoECLConfig
@@ -33,7 +34,7 @@ from moecl.nn.gated import GatedLearner
 from moecl.nn.inject import Injected
 from moecl.nn.lora import Geometry
 from moecl.nn.moe_ffn import pack_bytes
-from moecl.store import LOG, BaseInfo, Store, TaskRecord
+from moecl.store import FOLDERS, LOCK, LOG, BaseInfo, Store, TaskRecord
 
 __all__ = ["Entry", "MoECL", "MoECLOutput", "TaskNames"]
 
@@ -297,20 +298,25 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         )
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, *, config: None = None, model_card_kwargs: None = None
+        self, save_directory: str | Path, *, config: None = None, model_card_kwargs: dict[str, str] | None = None
     ) -> None:
         """Write a store to a new or empty folder: every task, and what further learning needs. Raises StoreError.
 
         Of a model that came out of a store all of it, as it was when it was loaded (versions, aliases, retired tasks,
         what the router knows), and what was learned since. The open task is stored as it is now, and stays open. The
-        mixin's `config` and `model_card_kwargs` are not used.
+        mixin's `config` is not used; `model_card_kwargs` is what `push_to_hub` gives.
         """
-        store = self.bank.copy_store(save_directory) or Store.create(save_directory, self.base_info())
+        address = (model_card_kwargs or {}).get("address")
+        base_id = self.base_id if address is None else public_id(self.base_id)
+        store = self.bank.copy_store(save_directory, base_id)
+        store = store or Store.create(save_directory, self.base_info().model_copy(update={"id": base_id}))
         held = [entry for entry in self.bank.values() if entry.held is not None]
         if held or not store.manifest.begun:
             self._take_up()
             self._commit(store, held)
-        store.write_card()
+        if address is not None:
+            store.commit(training=carried(store), what="save")
+        store.write_card(address=address)
 
     def _commit(self, store: Store, entries: Iterable[Entry]) -> None:
         """Add to a store tasks that are not in it yet, and the state for further learning."""
@@ -336,9 +342,13 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Save to a repository of the hub; keyword arguments are those of huggingface_hub's mixin.
 
-        Without the audit log, which names accounts and commands of this machine.
+        Without what tells of this machine (the log of accounts and commands, the folder that a base lies in) and what
+        `carried` leaves at home. Objects that the repository has and this model has not are deleted from it.
         """
-        return super().push_to_hub(repo_id, **{"ignore_patterns": [".lock", LOG], **kwargs})
+        ignored = kwargs.pop("ignore_patterns", None) or []
+        kwargs["ignore_patterns"] = [LOCK, LOG, *([ignored] if isinstance(ignored, str) else ignored)]
+        kwargs.setdefault("delete_patterns", [f"{folder}/*" for folder in FOLDERS])
+        return super().push_to_hub(repo_id, model_card_kwargs={"address": repo_id}, **kwargs)
 
     @classmethod
     def from_pretrained(

@@ -6,9 +6,9 @@ from typing import Any
 from moecl.data.task import load_task_data, text_alone
 from moecl.errors import BaseError, RunError
 from moecl.model import MoECL
-from moecl.router import STATE, KeptFeatures, Statistics, read
+from moecl.router import KeptFeatures, Statistics, read
 from moecl.run_folder import RunFolder
-from moecl.store import Store
+from moecl.store import ROUTER, Store
 from moecl.using import open_store
 
 
@@ -40,7 +40,7 @@ def change(run: Path, fit: bool, false_accept: float | None, device: str) -> Non
             raise RunError(f"{run}: no router statistics yet; make them with --fit")
         statistics.false_accept = statistics.false_accept if false_accept is None else false_accept
         with store.lock():
-            store.commit(training={**store.training(), STATE: statistics.tensors()})
+            store.commit(training={**store.training(), ROUTER: statistics.tensors()})
 
 
 def fitted(folder: RunFolder, store: Store, statistics: Statistics | None, device: str) -> Statistics:

@@ -23,9 +23,8 @@ from moecl.discriminant import Calibration, Discriminant, Drawn, Moments, Whiten
 from moecl.errors import BaseError, StoreError
 from moecl.model import MoECL
 from moecl.prefix import each_alone, space
-from moecl.store import Store, TaskRecord
+from moecl.store import ROUTER, Store, TaskRecord
 
-STATE = "router"  # what a store's state for further learning calls it
 TOKENS = 128  # of a text, from its start, that are read
 MOST_ROWS = 2000  # of a split that the statistics are taken of
 FALSE_ACCEPT = 0.1
@@ -155,13 +154,16 @@ class Router:
         self.calibration = self._calibrate(statistics.false_accept)
 
     @classmethod
-    def load(cls, model: MoECL, store: Store) -> "Router | None":
+    def load(cls, model: MoECL, store: Store | None = None) -> "Router | None":
         """The router of the tasks that `store` has, over its base `model`; None where it has no statistics.
+
+        `store` is by default that which the model was loaded from.
 
         Raises StoreError where these are damaged or of another base.
         """
-        statistics = read(store)
-        if statistics is None or not (tasks := statistics.known(store.tasks())):
+        store = store or model.bank.store
+        statistics = None if store is None else read(store)
+        if store is None or statistics is None or not (tasks := statistics.known(store.tasks())):
             return None
         if statistics.train.width != model.geometry.hidden_size:
             raise StoreError(f"{store.path}: its router statistics are another base's; restore the store from a copy")
@@ -221,7 +223,7 @@ class Router:
 
 def read(store: Store) -> Statistics | None:
     """A store's statistics, where it has any. Raises StoreError."""
-    tensors = store.training(STATE).get(STATE)
+    tensors = store.training(ROUTER).get(ROUTER)
     if tensors is None:
         return None
     with fitting(f"{store.path}: its router statistics"):

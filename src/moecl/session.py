@@ -26,11 +26,11 @@ from moecl.evidence import Evidence
 from moecl.methods.base import Finished, Method
 from moecl.prefix import prefixes
 from moecl.results import Items, Result, SplitInfo
-from moecl.router import STATE, KeptFeatures, Statistics
+from moecl.router import KeptFeatures, Statistics
 from moecl.run_folder import RunFolder
 from moecl.settled import attach, attach_method, resolve, trackers
 from moecl.start import Start, Starts
-from moecl.store import Store, TaskRecord
+from moecl.store import ROUTER, Store, TaskRecord
 from moecl.task_trainer import Learned, learn_task
 
 PACKAGES = ("moecl", "torch", "transformers", "accelerate", "safetensors", "numpy")
@@ -168,8 +168,8 @@ class Session:
         if self.store.manifest.begun:
             with fitting(f"{self.store.path}: its state for further learning"):
                 state = self.store.training()
-                if STATE in state:
-                    self.statistics = Statistics.of(state.pop(STATE))
+                if ROUTER in state:
+                    self.statistics = Statistics.of(state.pop(ROUTER))
                 self.method.restore(state)
         self.model.bank.moving = self.method.moving()
         for course in self.courses:
@@ -279,7 +279,7 @@ class Session:
             for course in courses:
                 reference = f"{course.name}@{self.store.manifest.next_version(course.name)}"
                 self.statistics.learn(features, reference, *texts(course))
-        return {} if self.statistics is None else {STATE: self.statistics.tensors()}
+        return {} if self.statistics is None else {ROUTER: self.statistics.tensors()}
 
     def _record(self, task: Task, finished: Finished) -> TaskRecord:
         return TaskRecord(task=task, form=finished.form, settings={"seed": self.config.train.seed, **finished.settings})

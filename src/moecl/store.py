@@ -38,6 +38,7 @@ __all__ = ["FORMAT", "LOG", "BaseInfo", "Manifest", "ObjectBytes", "Removed", "S
 
 MANIFEST, LOCK, CARD = "manifest.json", ".lock", "README.md"
 FOLDERS = ("objects", "training", "tmp")
+ROUTER = "router"  # what the state for further learning calls the router's statistics
 
 
 class ObjectBytes(NamedTuple):
@@ -333,26 +334,30 @@ class Store:
         with self.lock(), one_line(self.path, StoreError):
             self._replace_manifest(what, make(self.manifest))
 
-    def write_card(self, result_markdown: str | None = None) -> None:
+    def write_card(self, result_markdown: str | None = None, address: str | None = None) -> None:
         """README.md, a model card for people and for the hub.
 
-        `result_markdown` goes under its heading Result; None keeps what stands there.
+        `result_markdown` goes under its heading Result; None keeps what stands there. `address`: where the store is to
+        be loaded from.
         """
         with self.lock(), one_line(self.path, StoreError):
             sizes = {name: sum(found) for name, found in self.bytes().items()}
             path = self.path / CARD
             if result_markdown is None:
                 result_markdown = result_in(path.read_text()) if path.is_file() else ""
-            card = model_card(self.manifest, sizes, result_markdown)
+            card = model_card(self.manifest, sizes, result_markdown, address)
             atomic_write(path, card.encode(), tmp=self.path / "tmp", error=StoreError)
 
-    def copy_to(self, path: str | Path, manifest: Manifest | None = None) -> Store:
+    def copy_to(self, path: str | Path, manifest: Manifest | None = None, base_id: str | None = None) -> Store:
         """A store of its own in a new or empty folder, with all versions, aliases and training state of `manifest`,
-        or of this store as it is; every object is hashed. The audit log begins anew.
+        or of this store as it is; every object is hashed. The audit log begins anew. `base_id`: what the copy calls
+        the base.
 
         Raises `StoreError`, where something was removed meanwhile too.
         """
         manifest = manifest or self.manifest
+        base = manifest.base.model_copy(update={"id": base_id or manifest.base.id})
+        manifest = manifest.model_copy(update={"base": base})
         made = Store.create(path, manifest.base)
         with made.lock(), one_line(made.path, StoreError):
             for digest in sorted(manifest.digests()):
