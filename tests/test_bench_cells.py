@@ -18,6 +18,7 @@ from moecl.bench_ray import Cluster
 from moecl.errors import ConfigError
 
 LONG = {"methods": {"moe-cl": {"rank": 2, "set": {"train.epochs": 30}}}}
+ENDLESS = {"methods": {"moe-cl": {"rank": 2, "set": {"train.epochs": 3000}}}}
 
 
 class Doing(BenchWatcher):
@@ -66,7 +67,7 @@ def until(true) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_the_bench(tmp_path, tiny_folder, how):
-    file, out = write_bench(tmp_path, tiny_folder, **LONG), tmp_path / "out"
+    file, out = write_bench(tmp_path, tiny_folder, **ENDLESS), tmp_path / "out"
     process = command(str(file), "-o", str(out))
     until(lambda: "step" in "".join(path.read_text() for path in (out / "news").glob("*.json")))
     process.send_signal(how)
