@@ -50,10 +50,6 @@ class MoCL(LoRAMethod):
     def forget(self, task: str) -> None:
         self.past.pop(task, None)
 
-    def begin(self, task: Task, start: Parts | None = None) -> Parts:
-        self.task = task.name
-        return super().begin(task, start)
-
     def rehearse(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
         queries = F.normalize(self.base.queries([row.input_ids for row in rows]), dim=-1)
         self.state.key = Keys(F.normalize(queries.mean(dim=0, keepdim=True), dim=-1).to(self.device))

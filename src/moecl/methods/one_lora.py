@@ -51,7 +51,7 @@ class LoRAMethod(Method):
         return Expert(self.geometry, self.config.rank).reset(seeded(self.seed, name, "lora")).to(self.device)
 
     def begin(self, task: Task, start: Parts | None = None) -> Parts:
-        device = self.device
+        device, self.task = self.device, task.name
         if not self.shared:
             self.state.lora = self.fresh(task.name)
         draw = seeded(self.seed, task.name, "head")

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from moecl.config import Task
 from moecl.data.encode import Encoded
 from moecl.method_config import ReplayConfig
 from moecl.methods.base import Finished, in_order
 from moecl.methods.one_lora import LoRAMethod
-from moecl.nn.call import Parts
 from moecl.nn.gated import seeded
 from moecl.nn.inject import Injected
 from moecl.nn.lora import Geometry
@@ -41,10 +39,6 @@ class Replay(LoRAMethod):
     def rehearse(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
         self.rows = rows
         return [*rows, *chain.from_iterable(self.memory.values())]
-
-    def begin(self, task: Task, start: Parts | None = None) -> Parts:
-        self.task = task.name
-        return super().begin(task, start)
 
     def finish(self) -> Finished:
         count, kept = max(1, round(self.config.share * len(self.rows))), sum(map(len, self.memory.values()))
