@@ -42,7 +42,9 @@ class MoECLConfig(MethodConfig):
 
     name: Literal["moe-cl"] = Field(default="moe-cl", description="the method's name in the registry")
     rank: int = Field(default=8, ge=1, description="rank r of each LoRA pair")
-    lora_alpha: float = Field(default=16.0, gt=0, description="LoRA scale: lora_alpha / rank")
+    lora_alpha: float = Field(
+        default=32.0, gt=0, description="LoRA scale: lora_alpha / rank; twice the usual, as a new gate halves it"
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout in front of lora_A; above 0 is slower")
     retention: Literal["exact", "live"] = Field(
         default="exact",
@@ -66,7 +68,7 @@ class MoECLConfig(MethodConfig):
     @classmethod
     def paper(cls) -> Self:
         """The settings of arXiv 2509.18133 and its published code."""
-        return cls(dropout=0.05, retention="live", gate="shared", gate_std=0.02, discriminator_memory="none")
+        return cls(lora_alpha=16.0, dropout=0.05, retention="live", gate="shared", gate_std=0.02, discriminator_memory="none")
 
 
 class LoRAConfig(MethodConfig):
