@@ -69,6 +69,13 @@ def test_from_one_version_to_another(moecl, refuses, run):
     assert {row["task"]: row["score"] for row in listed(moecl, run)}["task0"] == old["score"]
     reviewed = moecl("review", run)
     assert "task0: version 1 answers, which was not tested last" in " ".join((reviewed.out + reviewed.err).split())
+    assert list(json.loads(moecl("review", run, "--json").out)["tasks"]) == ["task1"]
+    again = moecl("review", run, "--rescore", "--json")
+    assert list(json.loads(again.out)["tasks"]) == ["task1", "task0"]
+    thresholds = json.loads((run / "review" / "thresholds.json").read_text())
+    assert thresholds["tasks"]["task0"]["parts"] == old["parts"]
+    decided = moecl("predict", run, "--task", "task0", "--thresholds", run / "review" / "thresholds.json", stdin=b"x\n")
+    assert "decision" in json.loads(decided.out)
     gate = moecl("compare", run, run)
     assert gate.status == 3
     assert "version 1 answers, which was not tested last in NEW" in " ".join(gate.out.split())

@@ -4,8 +4,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,7 +27,7 @@ from moecl.cli_options import (
     ThresholdsFile,
 )
 from moecl.errors import AssetError, ConfigError, RunError, near
-from moecl.terminal import Command, CommandWithKeys, explain, quietly
+from moecl.terminal import Command, CommandWithKeys, explain, quietly, watched
 
 if TYPE_CHECKING:
     from moecl.config import StreamConfig
@@ -146,20 +145,10 @@ def learn_stream(config: "StreamConfig", folder: Path, expert_memory: str = "2GB
         run.check_same(config)
         if (result := run.finished()) is not None:  # shown without the seconds that torch takes to load
             return result
-    with learning() as watching:
+    with watched(err) as watching:
         from moecl.train import ContinualTrainer
 
         return ContinualTrainer(config, folder, watching, expert_memory).run()
-
-
-@contextmanager
-def learning() -> Iterator[Any]:
-    """A watcher on the screen, and nothing else; what takes seconds to import is imported here."""
-    with quietly():
-        with err.status("starting"):
-            from moecl.watch import watcher
-        with watcher(err) as watching:
-            yield watching
 
 
 def show_run(result: "Result", folder: Path) -> None:
@@ -196,7 +185,7 @@ def learn(
 
         print(f"{config.name}: {counts(load_task_data(config).splits())}; would be learned into {run}")
         return
-    with learning() as watching:
+    with watched(err) as watching:
         from moecl.train import learn as learn_task
 
         result = learn_task(run, config, replace, watching, expert_memory)
@@ -295,7 +284,7 @@ def evaluate(
         found = cli_router.evaluate_auto(err, run, tasks or [], split, device, expert_memory)
         print(found.model_dump_json(by_alias=True)) if as_json else cli_router.show_routing(out, found)
         return
-    with learning() as watching:
+    with watched(err) as watching:
         rows = scores(run, tasks or [], split, device, expert_memory, watching)
     print(json.dumps(rows, ensure_ascii=False)) if as_json else show_scores(out, rows)
 
@@ -335,7 +324,7 @@ def check(stream: Stream, overrides: Overrides = None, device: StreamDevice = No
     Reads all rows and the base: counts, balance, token lengths, cuts, duplicates and overlaps; time and memory.
     """
     config = read_stream(stream, overrides, device)
-    with learning() as watching:
+    with watched(err) as watching:
         from moecl.estimate import survey
 
         found = survey(config, watching)
@@ -361,7 +350,7 @@ def fetch(
     from moecl.data.assets import fetch as fetch_asset
 
     for name in names or ASSETS:
-        with learning() as watching:
+        with watched(err) as watching:
             path = fetch_asset(name, watching.fetching)
         print(f"{name}: {path}")
 

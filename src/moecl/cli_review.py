@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from moecl.cli_options import AsJson, MaybeRun
+from moecl.cli_options import AsJson, Device, MaybeRun
 from moecl.errors import ConfigError
+from moecl.terminal import watched
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from rich.table import Table as RichTable
 
     from moecl.review import Thresholds
@@ -44,9 +47,13 @@ def review(
     against: Annotated[
         Path | None, typer.Option("--against", metavar="RUN", help="A second run on the same rows: reviews saved.")
     ] = None,
+    rescore: Annotated[
+        bool, typer.Option("--rescore", help="Answer anew the rows of tasks that were rolled back since.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where files go; default RUN/review.")
     ] = None,
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Decide which answers need no human.
@@ -60,7 +67,7 @@ def review(
     from moecl.review_rows import of_run
 
     target = Target.of(precision, confidence)
-    pairs, skipped = gathered(run, validation, test, tasks or [])
+    pairs, skipped = gathered(run, validation, test, tasks or [], device if rescore else None)
     second = None if against is None else of_run(against, [])[0]
     thresholds, found = reviewed(pairs, target, skipped, second)
     names = [path.resolve().name for path in (run or Path("files"), against) if path is not None]
@@ -76,7 +83,7 @@ def review(
 
 
 def gathered(
-    run: Path | None, validation: Path | None, test: Path | None, tasks: list[str]
+    run: Path | None, validation: Path | None, test: Path | None, tasks: list[str], rescore_on: str | None
 ) -> "tuple[dict[str, Pair], dict[str, str]]":
     from moecl.review_rows import of_files, of_run
     from moecl.using import not_as_tested
@@ -84,13 +91,23 @@ def gathered(
     if run is not None:
         if validation or test:
             raise ConfigError(f"--{'validation' if validation else 'test'}: is for rows without a run; leave {run} out")
-        return of_run(run, tasks, not_as_tested(run))
+        moved = not_as_tested(run)
+        return of_run(run, tasks, moved, {} if rescore_on is None else anew(run, tasks or moved, moved, rescore_on))
     if validation is None or test is None:
         lacking = "RUN" if not (validation or test) else "--test" if validation else "--validation"
         raise ConfigError(f"{lacking}: missing; give a run folder, or files with --validation and --test")
     if len(tasks) > 1:
         raise ConfigError(f"--task {tasks[1]}: files hold one task; give one name")
     return of_files(validation, test, tasks[0] if tasks else test.name.partition(".")[0]), {}
+
+
+def anew(run: Path, asked: "Collection[str]", moved: "Collection[str]", device: str) -> "dict[str, Pair]":
+    from moecl.using import rescored
+
+    if not (names := [name for name in moved if name in asked]):
+        return {}
+    with watched(err) as watching:
+        return rescored(run, names, device, watching)
 
 
 def write(folder: Path, thresholds: "Thresholds", found: "Review", names: list[str]) -> list[str]:

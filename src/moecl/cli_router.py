@@ -8,7 +8,7 @@ from rich.console import Console
 
 from moecl.cli_options import AsJson, Device, Run
 from moecl.errors import ConfigError
-from moecl.terminal import quietly
+from moecl.terminal import quietly, watched
 
 if TYPE_CHECKING:
     from moecl.routing import Routing
@@ -42,11 +42,11 @@ def router(
         raise ConfigError(
             f"--false-accept: {false_accept:g} is out of range; give a share between 0 and 1, such as 0.05"
         )
-    with quietly(), err.status("reading the texts" if fit else "starting"):
+    with watched(err) as watching:
         from moecl.route_store import change, described
 
         if fit or false_accept is not None:
-            change(run, fit, false_accept, device)
+            change(run, fit, false_accept, device, watching)
         found = described(run)
     if as_json:
         import json

@@ -60,12 +60,10 @@ def serve(
     A task is a model. /v1/chat/completions, /v1/completions and /v1/models are for OpenAI's clients, /v1/classify
     gives labels with scores, /openapi.json describes all. The log is JSON lines on standard error.
     """
-    try:
-        from moecl.server.auth import read_keys
-        from moecl.server.serve import serve as serve_run
-        from moecl.server.settings import Settings
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"moecl serve needs {error.name}; pip install 'moecl[serve]'") from error
+    from moecl.server.auth import read_keys
+    from moecl.server.settings import Settings
+    from moecl.using import open_store
+
     settings = Settings(
         run=run,
         host=host,
@@ -84,6 +82,11 @@ def serve(
         reload_seconds=reload,
         log_texts=log_texts,
     )
+    open_store(run)  # what is wrong is told before the seconds that the model takes
+    try:
+        from moecl.server.serve import serve as serve_run
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"moecl serve needs {error.name}; pip install 'moecl[serve]'") from error
     serve_run(settings, ready)
 
 

@@ -68,7 +68,9 @@ class MoECLConfig(MethodConfig):
     @classmethod
     def paper(cls) -> Self:
         """The settings of arXiv 2509.18133 and its published code."""
-        return cls(lora_alpha=16.0, dropout=0.05, retention="live", gate="shared", gate_std=0.02, discriminator_memory="none")
+        return cls(
+            lora_alpha=16.0, dropout=0.05, retention="live", gate="shared", gate_std=0.02, discriminator_memory="none"
+        )
 
 
 class LoRAConfig(MethodConfig):

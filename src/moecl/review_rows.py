@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -65,6 +65,14 @@ def read_scored(path: Path) -> Scored | None:
     if labels is None:
         raise DataError(f"{path}: no rows; give a file with some")
     return _scored(labels, dict(sorted(rows.items()))) if labels else None
+
+
+def of_rows(rows: Sequence[Mapping[str, Any]]) -> Scored:
+    """Rows of a classification as `evidence.as_rows` makes them."""
+    labels = tuple(rows[0]["scores"])
+    return _scored(
+        labels, {one["row"]: (one["label"], one["answer"], rounded(one["scores"][one["answer"]])) for one in rows}
+    )
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Row]]:
@@ -134,11 +142,14 @@ def _classified(path: Path) -> Scored:
 
 
 def of_run(
-    run: Path, names: Collection[str] = (), moved: Mapping[str, str] = MappingProxyType({})
+    run: Path,
+    names: Collection[str] = (),
+    moved: Mapping[str, str] = MappingProxyType({}),
+    rescored: Mapping[str, Pair] = MappingProxyType({}),
 ) -> tuple[dict[str, Pair], dict[str, str]]:
     """The tasks of a run (only those in `names`, where there are some), and why others are skipped.
 
-    `moved`: tasks that do not answer as they were tested, and why.
+    `moved`: tasks that do not answer as they were tested, and why; `rescored`: those whose rows were answered anew.
 
     Raises RunError: not a finished run, no predictions; TaskError: no such task; DataError: a faulty row.
     """
@@ -158,12 +169,15 @@ def of_run(
             )
     pairs, skipped = {}, {}
     for name in [task for task in result.tasks if not names or task in names]:
+        if name in rescored:
+            pairs[name] = rescored[name]
+            continue
         paths = [folder / f"{name}.{split}.jsonl" for split in ("validation", "test")]
         if missing := [path.name for path in paths if not path.is_file()]:
             skipped[name] = f"no {PREDICTIONS}/{missing[0]}"
             continue
         if name in moved:
-            skipped[name] = f"{moved[name]}; score rows with `moecl predict`, give them as --validation and --test"
+            skipped[name] = f"{moved[name]}; --rescore answers its rows anew"
             continue
         validation, test = map(read_scored, paths)
         if validation is None or test is None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from moecl.course import Watcher
 from moecl.data.task import load_task_data, text_alone
 from moecl.errors import BaseError, RunError
 from moecl.model import MoECL
@@ -24,7 +25,7 @@ def described(run: Path) -> dict[str, Any]:
     }
 
 
-def change(run: Path, fit: bool, false_accept: float | None, device: str) -> None:
+def change(run: Path, fit: bool, false_accept: float | None, device: str, watcher: Watcher) -> None:
     """Add what tasks lack, from the rows that the run's config.yaml names; set the rate. One commit of the store.
 
     Raises RunError where there is nothing to set, DataError for rows that are gone, BusyError.
@@ -35,7 +36,7 @@ def change(run: Path, fit: bool, false_accept: float | None, device: str) -> Non
         store = Store.open(folder.store)
         statistics = read(store)
         if fit:
-            statistics = fitted(folder, store, statistics, device)
+            statistics = fitted(folder, store, statistics, device, watcher)
         if statistics is None:
             raise RunError(f"{run}: no router statistics yet; make them with --fit")
         statistics.false_accept = statistics.false_accept if false_accept is None else false_accept
@@ -43,7 +44,7 @@ def change(run: Path, fit: bool, false_accept: float | None, device: str) -> Non
             store.commit(training={**store.training(), ROUTER: statistics.tensors()})
 
 
-def fitted(folder: RunFolder, store: Store, statistics: Statistics | None, device: str) -> Statistics:
+def fitted(folder: RunFolder, store: Store, statistics: Statistics | None, device: str, watcher: Watcher) -> Statistics:
     missing = [one for one in store.tasks() if statistics is None or one.name not in statistics.known([one])]
     if not missing and statistics is not None:
         return statistics
@@ -54,6 +55,7 @@ def fitted(folder: RunFolder, store: Store, statistics: Statistics | None, devic
     features = KeptFeatures(model, model.tokenizer, statistics.layer, store.manifest.base.sha256)
     sources = {task.name: task for task in folder.config().tasks}
     for record in missing:
+        watcher.note(f"reading {record.name}")
         data = load_task_data(sources[record.name])
         train, held = (
             [text_alone(one, data.task) for one in split.examples] if split is not None else []

@@ -5,12 +5,16 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from typer.core import TyperCommand
 from typer.exceptions import TyperException
 
 from moecl.errors import MoECLError
+
+if TYPE_CHECKING:
+    from moecl.watch import PlainWatcher
 
 QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -74,3 +78,13 @@ def quietly() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def watched(console: Console) -> Iterator["PlainWatcher"]:
+    """A watcher on the screen, and nothing else; what takes seconds to import is imported here."""
+    with quietly():
+        with console.status("starting"):
+            from moecl.watch import watcher
+        with watcher(console) as watching:
+            yield watching

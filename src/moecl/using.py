@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moecl._sizes import EXPERT_MEMORY
 from moecl.config import AUTO
 from moecl.errors import AssetError, BaseError, DataError, MoECLError, RunError, StoreError, TaskError
 from moecl.review import TaskThresholds, Thresholds, decide, rounded
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from moecl.export import Parity
     from moecl.model import MoECL
     from moecl.results import Result
+    from moecl.review_measure import Pair
     from moecl.routed import Routed
     from moecl.router import Router
     from moecl.routing import Routing
@@ -202,6 +204,33 @@ def scores(
     return rows
 
 
+def rescored(run: Path, names: Sequence[str], device: str, watcher: "Watcher") -> "dict[str, Pair]":
+    """Validation and test rows of classification tasks, as the current versions answer them."""
+    from moecl.engine import Engine
+    from moecl.evaluate import answer_task, prompts
+    from moecl.evidence import as_rows
+    from moecl.review_measure import Pair
+    from moecl.review_rows import of_rows
+
+    store, config = open_store(run), RunFolder(run).config()
+    records = [record for record in store.tasks() if record.name in names and record.task.kind == "classification"]
+    splits = {
+        (record.name, split): split_of(config, record, split, run)
+        for record in records
+        for split in ("validation", "test")
+    }
+    if not splits:
+        return {}
+    engine = Engine(load(store, device), batch_tokens=config.train.eval_batch_tokens)
+    found = {}
+    for done, ((name, split), rows) in enumerate(splits.items()):
+        watcher.evaluating(len(splits), name, done, len(splits))
+        entry = engine.bank[name]
+        answers = answer_task(engine, entry, rows, prompts(engine, entry.task, rows))
+        found[name, split] = of_rows(as_rows(answers))
+    return {one.name: Pair(found[one.name, "validation"], found[one.name, "test"], one.parts) for one in records}
+
+
 def routing(run: Path, split: str, device: str, expert_memory: str) -> "Routing":
     """Every task's split with and without its name; that of the test split is kept for the report."""
     from moecl.engine import Engine
@@ -231,7 +260,7 @@ def exported(
     from moecl.store import Store
 
     check_free(output)
-    engine = Engine(load(store, device, "2GB"))
+    engine = Engine(load(store, device))
     entry, parity = engine.bank[name], None
     if kind == "static-lora":
         lora, parity = one_lora(engine, entry, rows)
@@ -256,7 +285,7 @@ def split_of(config: "StreamConfig", record: "TaskRecord", split: str, run: Path
     rows = None if source is None else getattr(source, split)
     if source is None or rows is None:
         where = run / "config.yaml"
-        raise DataError(f"task {record.name!r} has no {split} rows in {where}; choose another --split")
+        raise DataError(f"task {record.name!r} has no {split} rows in {where}; name them there")
     return read_split(rows, record.task, getattr(source.limit, split), split)
 
 
@@ -272,7 +301,7 @@ def open_store(run: Path, readonly: bool = True) -> "Store":
     return Store.open(found, readonly=readonly)
 
 
-def load(store: "Store", device: str, expert_memory: str) -> "MoECL":
+def load(store: "Store", device: str, expert_memory: int | str = EXPERT_MEMORY) -> "MoECL":
     from moecl.model import MoECL
 
     return MoECL.from_store(store, device=device, expert_memory=expert_memory)
