@@ -188,10 +188,12 @@ def test_log(moecl, run, monkeypatch):
     lines = [json.loads(line) for line in moecl("log", run, "--json").out.splitlines()]
     assert [line["what"] for line in lines] == ["create", "learn", "learn", "learn", "promote", "rollback"]
     assert [(one["before"]["version"], one["after"]["version"]) for one in lines[-1]["changes"]] == [(2, 1)]
+    assert [line["previous"] for line in lines[1:]] == [line["sha256"] for line in lines[:-1]]
     own = moecl("log", run, "--task", "task1").out.splitlines()
     assert [line.split()[0] for line in own[1:] if line[0] != " "] == ["3", "5"]
-    monkeypatch.setattr(cli_store.out, "width", 140)
+    monkeypatch.setattr(cli_store.out, "width", 80)
     shown = moecl("log", run).out
+    assert max(map(len, shown.splitlines())) <= 80
     assert "promote prod" in shown
     assert "task0@2 -> @1" in shown
 
@@ -288,7 +290,8 @@ def test_export_refuses_what_differs(moecl, run, tmp_path, monkeypatch):
     done = moecl("export", run, "task0", "-o", tmp_path / "out", "--as", "static-lora")
     assert done.status == 3
     assert done.said[-1] == (
-        "moecl: refused: 25.0% of the answers differ, --max-disagreement is 2.0%; nothing was written"
+        "moecl: refused: 25.0% of the answers differ, --max-disagreement is 2.0%; allow more, or write one expert "
+        "exactly with --as peft-expert"
     )
     assert "same answer        75.0%" in done.out
     assert not (tmp_path / "out").exists()

@@ -66,6 +66,7 @@ class Line(_Strict):
     note: str | None = None
     manifest: Manifests
     previous: str
+    sha256: str | None = None  # of what was read
 
 
 def append(
@@ -164,7 +165,7 @@ def _parsed(data: bytes) -> Line | None:
     if hashlib.sha256(body).hexdigest().encode() != found[2]:
         return None
     try:
-        return Line.model_validate(json.loads(body))
+        return Line.model_validate({**json.loads(body), "sha256": found[2].decode()})
     except (ValueError, ValidationError, RecursionError):
         return None
 

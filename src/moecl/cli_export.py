@@ -55,7 +55,7 @@ def export(
         show(parity)
         if 1 - parity.agreement > max_disagreement:
             differ = f"{1 - parity.agreement:.1%} of the answers differ, --max-disagreement is {max_disagreement:.1%}"
-            say(err, f"moecl: refused: {differ}; nothing was written")
+            say(err, f"moecl: refused: {differ}; allow more, or write one expert exactly with --as peft-expert")
             return REFUSED
     if note:
         say(err, note)

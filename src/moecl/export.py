@@ -131,7 +131,9 @@ def no_lora(entry: Entry) -> TaskError:
         "weights": "it replaces the base's own weights",
     }
     form = entry.parts.form
-    return TaskError(f"task {entry.name!r}: form {form} cannot be one LoRA: {why[form]}; only gated and sum can")
+    return TaskError(
+        f"task {entry.name!r}: form {form} cannot be one LoRA: {why[form]}; learn it with moe-cl or one of the LoRA methods"
+    )
 
 
 def _answers(engine: Engine, entry: Entry, prompts: Sequence[Encoded]) -> list[str]:

@@ -32,14 +32,15 @@ def show_tasks(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def show_log(console: Console, lines: Iterable[tuple[int, Line | None]]) -> None:
-    table = plain_table("", "when (UTC)", "what", "versions", "who", command="left")
+    table = plain_table(**dict.fromkeys(("", "when (UTC)", "what", "who", "versions"), "left"))
     for number, line in lines:
         if line is None:
-            table.add_row(str(number), "-", "altered", "", "", "", style="red")
+            table.add_row(str(number), "-", "altered", "", "", style="red")
             continue
         what = f"{line.what} {line.detail['alias']}" if "alias" in line.detail else line.what
         when = line.time.replace("T", " ").removesuffix("Z")
-        table.add_row(*map(Text, (str(number), when, what, "\n".join(told(line)) or "-", line.user, line.command)))
+        did = Text("\n".join([*told(line), ""])).append(line.command, "dim")
+        table.add_row(*map(Text, (str(number), when, what, line.user)), did)
     console.print(table)
 
 

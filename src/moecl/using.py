@@ -250,11 +250,12 @@ def routing(run: Path, split: str, device: str, expert_memory: str) -> "Routing"
 def exported(
     run: Path, name: str, output: Path, kind: str, expert: str | None, max_disagreement: float, device: str
 ) -> "tuple[Parity | None, str]":
-    """Write a task as an adapter, unless its parity is refused; and why the store's log does not tell of it."""
+    """Write a task as an adapter, unless its parity is refused; and what else is to be known."""
     store = open_store(run)
     record = store.record(name)
     rows = split_of(RunFolder(run).config(), record, "validation", run).examples if kind == "static-lora" else []
     from moecl.adapter import adapter, check_free, write_folder
+    from moecl.data.assets import is_asset, resolve_base
     from moecl.engine import Engine
     from moecl.export import one_expert, one_lora, report, source
     from moecl.store import Store
@@ -270,11 +271,14 @@ def exported(
         lora = one_expert(entry, expert)
     files = adapter(engine.model, lora) | source(store, record, kind, expert)
     write_folder(output, files | ({} if parity is None else report(parity)))
+    base, notes = store.manifest.base.id, []
+    if is_asset(base):
+        notes.append(f"{base} is moecl's own name; for PEFT the base is {resolve_base(base)}")
     try:
         Store.open(store.path).log_export(record, kind)
     except MoECLError as error:
-        return parity, f"not in the store's log: {error}"
-    return parity, ""
+        notes.append(f"not in the store's log: {error}")
+    return parity, "\n".join(notes)
 
 
 def split_of(config: "StreamConfig", record: "TaskRecord", split: str, run: Path) -> "Split":

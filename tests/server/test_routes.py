@@ -251,11 +251,16 @@ def test_what_is_no_json(server):
         answer = server.client.post("/v1/classify", content=content, headers=headers)
         assert answer.status_code == 400
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+        assert "JSON" in answer.json()["error"]["message"]
 
 
 def test_other_paths_and_methods(server):
-    assert server.client.get("/nothing").json()["error"]["type"] == "not_found_error"
-    assert server.client.get("/v1/classify").status_code == 405
+    nothing = server.client.get("/nothing").json()["error"]
+    assert nothing["type"] == "not_found_error"
+    assert "/openapi.json" in nothing["message"]
+    wrong = server.client.get("/v1/classify")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert wrong.json()["error"]["message"] == "GET is not for this address; use POST"
     assert server.client.get("/../../etc/passwd").status_code == 404
     assert server.client.get("/page.css/..%2f..%2fapp.py").status_code == 404
 

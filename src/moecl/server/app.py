@@ -96,8 +96,15 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 
 async def _http(request: Request, error: Exception) -> Response:
+    """What the framework refuses, in words that help."""
     assert isinstance(error, HTTPException)
-    answer = ApiError(error.status_code, str(error.detail)).response()
+    allowed = (error.headers or {}).get("Allow", "")
+    said = {
+        400: "the body is not JSON in UTF-8",
+        404: "nothing is at this address; /openapi.json lists those that there are",
+        405: f"{request.method} is not for this address; use {allowed}",
+    }
+    answer = ApiError(error.status_code, said.get(error.status_code, str(error.detail))).response()
     answer.headers.update(error.headers or {})
     return answer
 
