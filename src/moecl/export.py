@@ -132,7 +132,7 @@ def no_lora(entry: Entry) -> TaskError:
     }
     form = entry.parts.form
     return TaskError(
-        f"task {entry.name!r}: form {form} cannot be one LoRA: {why[form]}; learn it with moe-cl or one of the LoRA methods"
+        f"task {entry.name!r}: form {form} cannot be one LoRA: {why[form]}; learn it with moe-cl or a LoRA method"
     )
 
 
