@@ -93,14 +93,7 @@ class Library:
         store = Store.open(self.path, readonly=True)
         bank = self.model.bank.emptied()
         bank.take(store)
-        self.now = self._snapshot(store, self.engine.over(bank), strict=False)
-        import os as _os
-
-        if _os.environ.get("TRIM"):
-            import ctypes
-
-            ctypes.CDLL(None).malloc_trim(0)
-        return True
+        self.now = self._snapshot(store, self.engine.over(bank), strict=False)        return True
 
     def _snapshot(self, store: Store, engine: Engine, strict: bool) -> Snapshot:
         levels = None if self.thresholds is None else self._levels(self.thresholds, store, strict)
