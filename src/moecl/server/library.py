@@ -93,7 +93,8 @@ class Library:
         store = Store.open(self.path, readonly=True)
         bank = self.model.bank.emptied()
         bank.take(store)
-        self.now = self._snapshot(store, self.engine.over(bank), strict=False)        return True
+        self.now = self._snapshot(store, self.engine.over(bank), strict=False)
+        return True
 
     def _snapshot(self, store: Store, engine: Engine, strict: bool) -> Snapshot:
         levels = None if self.thresholds is None else self._levels(self.thresholds, store, strict)
