@@ -14,6 +14,8 @@ from moecl.data.encode import Encoded
 from moecl.data.task import load_task_data
 from moecl.estimate import COPIES, kept_bytes, padded, passes, rows_tested, scratch_batch, starts_tried, survey
 from moecl.method_config import MoECLConfig
+from moecl.methods import make_method
+from moecl.nn.lora import Geometry
 from moecl.router import Features
 from moecl.start import Starts
 from moecl.train import ContinualTrainer
@@ -157,7 +159,12 @@ def test_survey_counts_the_starts(retention, evaluate, tiny_folder, tmp_path, mo
     monkeypatch.setattr(Starts, "loss", lambda self, course, parts: losses.append(1) or real(self, course, parts))
     ContinualTrainer(config, tmp_path / "run").run()
     courses = [Course(load_task_data(task).task, test=((), ())) for task in config.tasks]
-    assert len(losses) == sum(starts_tried(config, place, one) for place, one in enumerate(courses))
+    assert len(losses) == sum(tried(config, place, one) for place, one in enumerate(courses))
+
+
+def tried(config, place, course):
+    geometry = Geometry((0,), 8, (16,), gated=True, num_layers=1)
+    return starts_tried(make_method(config.method, geometry, 0), config, place, course)
 
 
 def test_starts_tried_of_many_tasks():
@@ -165,14 +172,14 @@ def test_starts_tried_of_many_tasks():
     method = {"name": "moe-cl", "warm_start": "nearest"}
     config = stream(8).model_copy(update={"method": MoECLConfig(**method), "evaluate": "seen"})
     course = Course(config.tasks[0], test=((), ()))
-    assert [starts_tried(config, place, course) for place in (0, 1, 7)] == [0, 2, 5]
+    assert [tried(config, place, course) for place in (0, 1, 7)] == [0, 2, 5]
     every = config.model_copy(update={"evaluate": "all"})
-    assert starts_tried(every, 7, course) == 7 * 2 + 1
+    assert tried(every, 7, course) == 7 * 2 + 1
     live = every.model_copy(update={"method": MoECLConfig(**method, retention="live")})
-    assert starts_tried(live, 7, course) == 8 + (1 + 2 + 3 + 4 * 4) + 4
+    assert tried(live, 7, course) == 8 + (1 + 2 + 3 + 4 * 4) + 4
     head = Course(config.tasks[0].model_copy(update={"head": "classifier"}), test=((), ()))
-    assert starts_tried(every, 7, head) == 0
-    assert starts_tried(stream(8), 7, course) == 0
+    assert tried(every, 7, head) == 0
+    assert tried(stream(8), 7, course) == 0
 
 
 def test_survey_tells_a_heads_labels_as_training_sees_them(tiny_folder, tmp_path):

@@ -142,15 +142,24 @@ def test_without_a_score_the_last_state_is_kept():
 def test_groups_are_clipped_apart():
     trial = Trial()
     groups = trial.method.groups()
-    for size, group in zip((10.0, 1e-3), groups.values(), strict=True):
+    for name, group in groups.items():
         for parameter in group:
-            parameter.grad = torch.full_like(parameter, size)
+            parameter.grad = torch.full_like(parameter, 1e-3 if name == "discriminator" else 10.0)
     learner = Learner(trial.model, trial.method, trial.task)
     Guard(learner, 1.0).on_pre_optimizer_step(None, TrainerState(), TrainerControl())
-    norms = [torch.stack([p.grad.norm() for p in group]).norm().item() for group in groups.values()]
-    assert norms[0] == pytest.approx(1, rel=1e-4)
+    norms = {name: torch.stack([p.grad.norm() for p in group]).norm().item() for name, group in groups.items()}
+    assert [norms["lora_A"], norms["experts"]] == pytest.approx([1, 1], rel=1e-4)
     assert groups["discriminator"][0].grad.flatten()[0].item() == pytest.approx(1e-3)
     Guard(learner, 0.0).on_pre_optimizer_step(None, TrainerState(), TrainerControl())
+
+
+def test_each_group_has_its_rate(tmp_path, monkeypatch):
+    made, real = [], torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **how: made.append(groups) or real(groups, **how))
+    trial = Trial(epochs=1, discriminator_lr=0.03)
+    trial.learn(tmp_path)
+    rates = [group["lr"] for group in made[0]]
+    assert rates == pytest.approx([0.01 * trial.method.config.lora_A_lr, 0.01, 0.03])
 
 
 def test_several_gpus_are_not_used_at_once(tmp_path, monkeypatch):

@@ -30,7 +30,6 @@ from moecl.data.tokens import encode_split
 from moecl.engine import Engine
 from moecl.evaluate import evaluate_task, prompts
 from moecl.methods.base import Method
-from moecl.methods.moe_cl import STARTS
 from moecl.model import MoECL
 from moecl.prefix import Prefixes
 from moecl.router import MOST_ROWS, Features, Statistics
@@ -150,11 +149,12 @@ def routing_seconds(model: MoECL, config: StreamConfig, courses: Sequence[Course
 
 def starts_seconds(model: MoECL, config: StreamConfig, courses: Sequence[Course]) -> float:
     """Seconds in which tasks not yet learned are tried with what they may start from."""
-    tried = [starts_tried(config, place, course) for place, course in enumerate(courses)]
+    method = attach_method(model, config)
+    tried = [starts_tried(method, config, place, course) for place, course in enumerate(courses)]
     if not any(tried):
         return 0.0
     one, starts = next(course for course, count in zip(courses, tried, strict=True) if count), Starts(Engine(model))
-    parts = attach_method(model, config).preview(one.task)
+    parts = method.preview(one.task)
     assert parts is not None
     starts.loss(one, parts)  # the first one sets things up
     begun = time.monotonic()
@@ -163,23 +163,14 @@ def starts_seconds(model: MoECL, config: StreamConfig, courses: Sequence[Course]
     return sum(a_token * tokens_tried(course) * count for course, count in zip(courses, tried, strict=True))
 
 
-def starts_tried(config: StreamConfig, place: int, course: Course) -> int:
+def starts_tried(method: Method, config: StreamConfig, place: int, course: Course) -> int:
     """How often the first rows of task `place` (from 0) are tried: when it is learned, and for its cells of R before.
 
-    Each time afresh and with the nearest old tasks; with those that never change once, so that this is the most: which
-    will be near is not known yet.
+    The most that it may be: which old tasks will be near is not known yet.
     """
-    method = config.method
-    experts = getattr(method, "experts", "both")
-    if getattr(method, "warm_start", None) != "nearest" or experts == "shared" or course.task.head == "classifier":
-        return 0
-    never_change = experts == "task" or getattr(method, "retention", None) == "exact"
     asked = [number for number in range(1, place + 1) if course.test and asked_for(config, number, place)]
-    count = known = 0
-    for old in [*asked, place] if place else []:
-        count += 1 + min(old - known if never_change else old, STARTS)
-        known = old
-    return count
+    rows = [*asked, place] if place else []
+    return sum(method.tried(course.task, old, known) for known, old in zip([0, *rows], rows, strict=False))
 
 
 def tokens_tried(course: Course) -> int:

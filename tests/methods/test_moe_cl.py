@@ -51,7 +51,7 @@ def test_what_is_trained():
         groups = one.groups()
         modules = [parts.shared, parts.task, parts.gate, *([parts.head] if head == "classifier" else [])]
         expected = {id(p) for module in modules for p in module.parameters()}
-        assert {id(p) for p in groups["experts"]} == expected
+        assert {id(p) for p in (*groups["lora_A"], *groups["experts"])} == expected
         assert [p.shape for p in groups["discriminator"]] == [(2, 1, HIDDEN)]
         assert all(p.requires_grad for group in groups.values() for p in group)
         assert {id(p) for group in groups.values() for p in group} == {id(p) for p in one.state.parameters()}

@@ -157,14 +157,16 @@ def test_only_the_groups_get_a_gradient(injected, config):
     layers = [f"layers.{i}" for i in range(LAYERS)]
     projections = [f"{p}.{ab}" for p in ("gate_proj", "up_proj", "down_proj") for ab in ("lora_A", "lora_B")]
     gate = "gate" if config.gate == "shared" else "own_gate"
+    both = [f"{expert}.{layer}.{p}" for expert in ("shared", "task") for layer in layers for p in projections]
+    assert groups["lora_A"] == {name for name in both if name.endswith("lora_A")}
     assert groups["experts"] == {
-        *(f"{expert}.{layer}.{p}" for expert in ("shared", "task") for layer in layers for p in projections),
+        *(name for name in both if name.endswith("lora_B")),
         *(f"{gate}.{layer}.gate" for layer in layers),
         "head.weight",
     }
     assert groups["discriminator"] == ({"adversary.weight"} if config.alpha else set())
     trained = {name for name, p in learner.named_parameters() if p.grad is not None and p.grad.any()}
-    assert trained == groups["experts"] | groups["discriminator"]
+    assert trained == set().union(*groups.values())
     assert {id(p) for p in parameters(parts).values()} == {id(p) for ps in learner.groups().values() for p in ps} - {
         id(p) for p in learner.groups()["discriminator"]
     }

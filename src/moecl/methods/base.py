@@ -65,6 +65,11 @@ class Method(ABC):
         """
         return {}
 
+    def tried(self, task: Task, old: int, known: int) -> int:
+        """How many starts of `task` are compared at most: the fresh one and those from `old` tasks, of which `known` were
+        there when it was done before. 0 where nothing is offered."""
+        return 0
+
     @abstractmethod
     def begin(self, task: Task, start: Parts | None = None) -> Parts:
         """Trainable parts for `task`, which must be resolved (labels, head): fresh ones, or a copy of `start`."""
@@ -76,6 +81,10 @@ class Method(ABC):
     @abstractmethod
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """What the task under way trains, by group; each is clipped on its own."""
+
+    def rates(self) -> dict[str, float]:
+        """Group -> its learning rate, as a share of the stream's; 1 where it is not said."""
+        return {}
 
     def penalty(self, features: Mapping[int, Tensor], step: int, query: Tensor | None = None) -> Tensor | None:
         """What is added to the task's loss; features: layer -> [B, D], query [B, D] where the form reads it."""

@@ -5,13 +5,15 @@ guesses the task from the shared expert's output, and the shared expert is train
 
     experts, gate, head minimise L_SFT - alpha L_GAN; the discriminator minimises L_GAN.
 
-Beyond the paper, a new task starts as that old task which fits its training rows best (`warm_start: nearest`): of a
-fresh start and of the few old tasks whose texts are nearest, what has the least loss.
+Beyond the paper, lora_A learns at a tenth of the rate (`lora_A_lr`), as in LoRA+ (arXiv 2402.12354): at the full one a
+shared expert that was trained before is soon ruined. And a new task may start as that old task which fits its training
+rows best (`warm_start: nearest`): of a fresh start and of the few old tasks whose texts are nearest, what has the least
+loss.
 
 Trains: shared expert, the task's expert, gate and head, discriminator. Stores: a task's expert, gate and head, and with
 retention `exact` its copy of the shared expert; for further learning the shared expert, the discriminators and a mean
-and a variance a layer and task. Needs the task id to answer. Defaults: DESIGN section 2; `MoECLConfig.paper()` is the
-published setting.
+and a variance a layer and task. Needs the task id to answer. Defaults: measured, docs/log.md; `MoECLConfig.paper()`
+is the published setting.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +57,7 @@ class MoECLMethod(Method):
         return self.base.queries([row.input_ids for row in rows[:KEY_ROWS]]).mean(dim=0).cpu()
 
     def starts(self, task: Task, rows: Sequence[Encoded], old: Mapping[str, Callable[[], Parts]]) -> dict[str, Parts]:
-        if self.config.warm_start != "nearest" or task.head == "classifier" or not old:
+        if not self._offers(task) or not old:
             return {}
         if task.name not in self._asked:
             self._asked[task.name] = self._key(rows)
@@ -64,6 +66,14 @@ class MoECLMethod(Method):
         names = sorted(near, key=near.__getitem__, reverse=True)[:STARTS]
         found = {name: self.state.like(old[name]()) for name in names}
         return {name: parts for name, parts in found.items() if parts is not None}
+
+    def tried(self, task: Task, old: int, known: int) -> int:
+        never_change = self.config.experts == "task" or self.config.retention == "exact"
+        return 1 + min(old - known if never_change else old, STARTS) if self._offers(task) and old else 0
+
+    def _offers(self, task: Task) -> bool:
+        config = self.config
+        return config.warm_start == "nearest" and config.experts != "shared" and task.head != "classifier"
 
     def begin(self, task: Task, start: Parts | None = None) -> Parts:
         self.task = task.name
@@ -74,6 +84,9 @@ class MoECLMethod(Method):
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         return self.state.groups()
+
+    def rates(self) -> dict[str, float]:
+        return {"lora_A": self.config.lora_A_lr}
 
     def penalty(self, features: Mapping[int, Tensor], step: int, query: Tensor | None = None) -> Tensor | None:
         return self.state.loss(features, step) if self.reads_features else None

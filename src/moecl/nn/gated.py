@@ -130,8 +130,12 @@ class GatedLearner(nn.Module):
         """What the task under way trains: the experts' side, and the discriminator against it."""
         idle = {"both": (), "task": ("shared.", "gate.", "own_gate."), "shared": ("task.", "gate.", "own_gate.")}
         out = ("adversary.", *idle[self.config.experts])
-        ours = [p for name, p in self.named_parameters() if not name.startswith(out)]
-        return {"experts": ours, "discriminator": [] if self.adversary is None else list(self.adversary.parameters())}
+        ours = [(name, p) for name, p in self.named_parameters() if not name.startswith(out)]
+        return {
+            "lora_A": [p for name, p in ours if name.endswith("lora_A")],
+            "experts": [p for name, p in ours if not name.endswith("lora_A")],
+            "discriminator": [] if self.adversary is None else list(self.adversary.parameters()),
+        }
 
     def loss(self, features: Mapping[int, Tensor], step: int) -> Tensor:
         """The adversarial term of one batch; the step number seeds its draws, so that a resumed run draws the same."""
