@@ -18,7 +18,6 @@ from moecl.bench_record import (
     Job,
     Trial,
     changes_under,
-    filled,
     protocol,
     read_record,
     refuse,
@@ -180,7 +179,7 @@ class Bench:
             return None
         now = self._described(label, self.config.stream_of(label, known["chosen"]))
         begun = any(cell.started() for cell in self.cells if cell.label == label)
-        return dict(known) if begun or filled(method["stream"]) == now else None
+        return dict(known) if begun or method["stream"] == now else None
 
     def _take_up(self, trial: Trial) -> None:
         assert trial.stream is not None

@@ -111,7 +111,11 @@ def test_exact_retention_hands_over_copies(gate):
     finished = one.finish()
     assert finished.form == "gated"
     assert finished.moved == {}
-    assert finished.settings == {"method": "moe-cl", "scale": 8.0, **one.config.model_dump(exclude={"name"})}
+    assert finished.settings == {
+        "method": "moe-cl",
+        "scale": one.state.scale,
+        **one.config.model_dump(exclude={"name"}),
+    }
     assert finished.tensors.keys() == {"shared", "task", "gate"}
     before = {name: {k: t.clone() for k, t in part.items()} for name, part in finished.tensors.items()}
     one.begin(B)

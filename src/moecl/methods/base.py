@@ -66,8 +66,10 @@ class Method(ABC):
         return {}
 
     def tried(self, task: Task, old: int, known: int) -> int:
-        """How many starts of `task` are compared at most: the fresh one and those from `old` tasks, of which `known` were
-        there when it was done before. 0 where nothing is offered."""
+        """How many starts of `task` are compared at most: the fresh one and those from `old` tasks.
+
+        `known` of them were there when it was done before. 0 where nothing is offered.
+        """
         return 0
 
     @abstractmethod
