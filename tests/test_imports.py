@@ -46,7 +46,17 @@ ENGINE = {"engine", "request", "labels", "generation", "kv_prefix", "scoring"}
 TRAIN = {"train", "session", "settled", "start", "course", "evidence", "task_trainer", "feed"}
 BENCH = {"bench", "bench_cells", "bench_ray", "bench_record", "bench_tune", "bench_worker"}
 COMMANDS = {
-    *("cli", "cli_bench", "cli_compare", "cli_export", "cli_options", "cli_review", "cli_router", "cli_serve"),
+    *(
+        "cli",
+        "cli_bench",
+        "cli_cache",
+        "cli_compare",
+        "cli_export",
+        "cli_options",
+        "cli_review",
+        "cli_router",
+        "cli_serve",
+    ),
     "cli_store",
 }
 TOP = {

@@ -120,9 +120,13 @@ class Result(BaseModel):
         text = ",\n".join(f"{json.dumps(key)}: {written[key]}" for key in fields)
         atomic_write(Path(path), f"{{\n{text}\n}}\n".encode())
 
+    def is_about(self, name: str, parts: Mapping[str, str]) -> bool | None:
+        """Whether a task that is made of these parts is the one that was tested last; None where it is not known."""
+        return None if name not in self.digests else self.digests[name] == dict(parts)
+
     def score_of(self, name: str, version: int, parts: Mapping[str, str]) -> float | None:
         """What a version scored: after the last task where R is about it, else before it was learned again."""
-        if self.digests.get(name) == dict(parts):
+        if self.is_about(name, parts):
             return self.R[-1][self.tasks.index(name)]
         return self.superseded.get(f"{name}@{version}")
 

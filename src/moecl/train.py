@@ -152,8 +152,8 @@ def last_score(run: RunFolder, result: Result, name: str) -> dict[str, float | N
 
 def rolled_back(run: RunFolder, result: Result) -> list[str]:
     """Tasks that another version answers for than the one that R is about."""
-    now = {record.name: dict(record.parts) for record in Store.open(run.store).tasks()}
-    return [name for name in result.tasks if now.get(name, result.digests.get(name)) != result.digests.get(name)]
+    tasks = Store.open(run.store).tasks()
+    return [one.name for one in tasks if one.name in result.tasks and result.is_about(one.name, one.parts) is False]
 
 
 def reopened(result: Result, name: str, changed: Sequence[str] = ()) -> Progress:

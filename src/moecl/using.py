@@ -72,7 +72,7 @@ def not_as_tested(run: Path, result: "Result | None" = None) -> dict[str, str]:
             found[name] = "retired"
         elif name not in current:
             found[name] = "deleted"
-        elif result.digests.get(name, current[name].parts) != current[name].parts:
+        elif result.is_about(name, current[name].parts) is False:
             found[name] = f"version {current[name].version} answers, which was not tested last"
     return found
 
