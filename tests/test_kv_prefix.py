@@ -27,7 +27,7 @@ HOW = Sampling(max_new_tokens=6, top_logprobs=1)
 def learned(family: str = "llama", seed: int = 0, **settings) -> MoECL:
     tokenizer = tiny_tokenizer()
     base = tiny_model(family, vocab_size=len(tokenizer))
-    model = MoECL.attach(base, MoECLConfig(rank=4, **settings), tokenizer=tokenizer)
+    model = MoECL.attach(base, MoECLConfig(rank=4, lora_alpha=16, **settings), tokenizer=tokenizer)
     for place, name in enumerate(TASKS):
         model.add_task(Task(name=name, kind="generation", instruction="{prompt}"))
         stir(model, 100 * seed + place)

@@ -23,7 +23,7 @@ def stir(model: MoECL, seed: int = 0) -> None:
 
 def learned(base=None, names: str = "ab", **settings) -> MoECL:
     """A model with finished tasks that differ much."""
-    model = MoECL.attach(base or tiny_model(), MoECLConfig(rank=4, **settings))
+    model = MoECL.attach(base or tiny_model(), MoECLConfig(rank=4, lora_alpha=16, **settings))
     for seed, name in enumerate(names):
         model.add_task(task(name))
         stir(model, seed)
