@@ -9,6 +9,7 @@ service    from a request's rows to answers
 spoken     answers as OpenAI's objects, whole and as a stream
 guard      what every request passes: size, host, key, log, figures
 auth       keys
+memory     what keeps the process from growing
 metrics    figures for Prometheus
 app        routes
 serve      the process: from a run folder to its end

@@ -20,6 +20,7 @@ from moecl.generation import Sampling
 from moecl.server import spoken
 from moecl.server.guard import Guard, faults
 from moecl.server.library import Library
+from moecl.server.memory import give_back
 from moecl.server.metrics import CONTENT_TYPE, Metrics
 from moecl.server.problems import ApiError, from_ours, from_validation
 from moecl.server.schema import (
@@ -58,9 +59,10 @@ def create_app(library: Library, settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service = app.state.service = Service(library, settings, metrics)
         service.worker.start()
-        watching = asyncio.create_task(service.watch())
+        beside = [asyncio.create_task(service.watch()), asyncio.create_task(give_back())]
         yield
-        watching.cancel()
+        for one in beside:
+            one.cancel()
         await asyncio.to_thread(service.worker.stop, settings.stop_seconds)
 
     bearer = [Security(HTTPBearer(auto_error=False))] if settings.keys else []

@@ -12,12 +12,9 @@ from moecl.errors import RunError
 from moecl.server.app import create_app
 from moecl.server.guard import JsonLines
 from moecl.server.library import Library
+from moecl.server.memory import keep_few_kernels
 from moecl.server.settings import Settings
 from moecl.terminal import quietly
-
-# Kernels that oneDNN, and torch beside it, keep by the shape of what they multiply. Batches hardly repeat theirs, and
-# the default's 1024 grow to 200 MB.
-KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 
 
 def serve(settings: Settings, ready: Callable[[str, Library], None]) -> None:
@@ -25,8 +22,7 @@ def serve(settings: Settings, ready: Callable[[str, Library], None]) -> None:
 
     SIGTERM or SIGINT ends it: nothing new is taken, what was taken is finished.
     """
-    for name, value in KERNELS.items():  # read when the first kernel is made
-        os.environ.setdefault(name, value)
+    keep_few_kernels()
     listening = bound(settings)
     with listening:
         with quietly():
