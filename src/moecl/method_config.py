@@ -72,7 +72,13 @@ class MoECLConfig(MethodConfig):
     def paper(cls) -> Self:
         """The settings of arXiv 2509.18133 and its published code."""
         return cls(
-            lora_alpha=16.0, dropout=0.05, retention="live", gate="shared", gate_std=0.02, discriminator_memory="none"
+            lora_alpha=16.0,
+            lora_A_lr=1.0,
+            dropout=0.05,
+            retention="live",
+            gate="shared",
+            gate_std=0.02,
+            discriminator_memory="none",
         )
 
 

@@ -177,7 +177,7 @@ def of_run(
             skipped[name] = f"no {PREDICTIONS}/{missing[0]}"
             continue
         if name in moved:
-            skipped[name] = f"{moved[name]}; --rescore answers its rows anew"
+            skipped[name] = moved[name]
             continue
         validation, test = map(read_scored, paths)
         if validation is None or test is None:
