@@ -126,7 +126,7 @@ def test_what_needs_no_torch_imports_none():
     code = (
         "import sys; from moecl.cli import main\n"
         "for words in ('', 'train --help', 'train', 'nosuch', 'train no.yaml', 'check no.yaml', 'predict no',\n"
-        "              'cache list', 'methods', 'train --debug no.yaml'): main(words.split())\n"
+        "              'serve no', 'cache list', 'methods', 'train --debug no.yaml'): main(words.split())\n"
         "sys.exit(' '.join({'torch', 'transformers', 'datasets'} & set(sys.modules)) or 0)"
     )
     done = fresh(code)

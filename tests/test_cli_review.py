@@ -45,6 +45,11 @@ def tiny(tmp_path) -> Path:
 # Use
 
 
+def test_rescoring_needs_a_run(tmp_path, say):
+    rows = write_seen(tmp_path / "rows.jsonl", SURE)
+    assert say("--validation", rows, "--test", rows, "--rescore", status=2).startswith("--rescore: needs a run")
+
+
 def test_a_run_is_reviewed(tmp_path, say):
     run, old = write_drawn_run(tmp_path / "mine", 1.5), write_drawn_run(tmp_path / "old", 0.2)
     shown = say(run, "--against", old)

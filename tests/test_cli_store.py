@@ -68,7 +68,8 @@ def test_from_one_version_to_another(moecl, refuses, run):
     assert answered("task0") == first
     assert {row["task"]: row["score"] for row in listed(moecl, run)}["task0"] == old["score"]
     reviewed = moecl("review", run)
-    assert "task0: version 1 answers, which was not tested last" in " ".join((reviewed.out + reviewed.err).split())
+    said = " ".join((reviewed.out + reviewed.err).split())
+    assert "task0: version 1 answers, which was not tested last; --rescore answers its rows anew" in said
     assert list(json.loads(moecl("review", run, "--json").out)["tasks"]) == ["task1"]
     again = moecl("review", run, "--rescore", "--json")
     assert list(json.loads(again.out)["tasks"]) == ["task1", "task0"]

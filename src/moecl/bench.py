@@ -173,7 +173,7 @@ class Bench:
                 self._adopt(label)
 
     def _known_choice(self, label: str) -> dict[str, Any] | None:
-        """The choice of an earlier start, unless the method's plain settings changed before any cell was run."""
+        """The choice of an earlier start, unless the plain settings changed, or grew, before any cell was run."""
         method = self.record.get("methods", {}).get(label, {})
         if self.config.tune is None or (known := method.get("tuned")) is None:
             return None

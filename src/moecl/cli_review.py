@@ -11,8 +11,6 @@ from moecl.errors import ConfigError
 from moecl.terminal import watched
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from rich.table import Table as RichTable
 
     from moecl.review import Thresholds
@@ -86,13 +84,19 @@ def gathered(
     run: Path | None, validation: Path | None, test: Path | None, tasks: list[str], rescore_on: str | None
 ) -> "tuple[dict[str, Pair], dict[str, str]]":
     from moecl.review_rows import of_files, of_run
-    from moecl.using import not_as_tested
+    from moecl.using import not_as_tested, rescorable
 
     if run is not None:
         if validation or test:
             raise ConfigError(f"--{'validation' if validation else 'test'}: is for rows without a run; leave {run} out")
         moved = not_as_tested(run)
-        return of_run(run, tasks, moved, {} if rescore_on is None else anew(run, tasks or moved, moved, rescore_on))
+        anew = [name for name in rescorable(run, moved) if not tasks or name in tasks] if moved else []
+        if rescore_on is None:
+            moved |= {name: f"{moved[name]}; --rescore answers its rows anew" for name in anew}
+            anew = []
+        return of_run(run, tasks, moved, answered_anew(run, anew, rescore_on or "auto"))
+    if rescore_on is not None:
+        raise ConfigError("--rescore: needs a run, whose tasks answer the rows; give its folder")
     if validation is None or test is None:
         lacking = "RUN" if not (validation or test) else "--test" if validation else "--validation"
         raise ConfigError(f"{lacking}: missing; give a run folder, or files with --validation and --test")
@@ -101,10 +105,10 @@ def gathered(
     return of_files(validation, test, tasks[0] if tasks else test.name.partition(".")[0]), {}
 
 
-def anew(run: Path, asked: "Collection[str]", moved: "Collection[str]", device: str) -> "dict[str, Pair]":
+def answered_anew(run: Path, names: list[str], device: str) -> "dict[str, Pair]":
     from moecl.using import rescored
 
-    if not (names := [name for name in moved if name in asked]):
+    if not names:
         return {}
     with watched(err) as watching:
         return rescored(run, names, device, watching)

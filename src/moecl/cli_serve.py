@@ -60,6 +60,7 @@ def serve(
     A task is a model. /v1/chat/completions, /v1/completions and /v1/models are for OpenAI's clients, /v1/classify
     gives labels with scores, /openapi.json describes all. The log is JSON lines on standard error.
     """
+    from moecl.review import Thresholds
     from moecl.server.auth import read_keys
     from moecl.server.settings import Settings
     from moecl.using import open_store
@@ -83,6 +84,8 @@ def serve(
         log_texts=log_texts,
     )
     open_store(run)  # what is wrong is told before the seconds that the model takes
+    if thresholds is not None:
+        Thresholds.load(thresholds)
     try:
         from moecl.server.serve import serve as serve_run
     except ModuleNotFoundError as error:

@@ -88,7 +88,7 @@ def estimate(
     Uses up `method`. `process`: bytes that were taken before the base was loaded.
     """
     answering = [seconds_a_row(model, config, course) for course in courses]
-    choosing = starts_seconds(model, config, courses)
+    choosing = starts_seconds(model, method, config, courses)
     first = courses[0]
     model.bank[first.name] = Entry(first.task, method.begin(first.task))
     trained = sum(p.numel() for group in method.groups().values() for p in group)
@@ -147,9 +147,8 @@ def routing_seconds(model: MoECL, config: StreamConfig, courses: Sequence[Course
     return (time.perf_counter() - started) / len(some) * sum(min(len(split), MOST_ROWS) for split in splits)
 
 
-def starts_seconds(model: MoECL, config: StreamConfig, courses: Sequence[Course]) -> float:
+def starts_seconds(model: MoECL, method: Method, config: StreamConfig, courses: Sequence[Course]) -> float:
     """Seconds in which tasks not yet learned are tried with what they may start from."""
-    method = attach_method(model, config)
     tried = [starts_tried(method, config, place, course) for place, course in enumerate(courses)]
     if not any(tried):
         return 0.0

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -47,9 +47,20 @@ def read_scored(path: Path) -> Scored | None:
 
     Raises DataError (`file:line`): no rows, a row twice, without label, with a label or a score that cannot be.
     """
+    return _collected(_lines(path), str(path))
+
+
+def of_rows(rows: Iterable[Mapping[str, Any]], where: str) -> Scored:
+    """Rows of a classification as `evidence.as_rows` makes them. Raises DataError (`where number`)."""
+    found = _collected(((f"{where} {row['row']}", Row.model_validate(row)) for row in rows), where)
+    assert found is not None
+    return found
+
+
+def _collected(lines: Iterable[tuple[str, Row]], file: str) -> Scored | None:
     rows: dict[int, tuple[str, str, float]] = {}
     labels: tuple[str, ...] | None = None
-    for place, (where, row) in enumerate(_lines(path), 1):
+    for place, (where, row) in enumerate(lines, 1):
         number = place if row.row is None else row.row
         if number in rows:
             raise DataError(f"{where}: row: {number} stands in the file twice; remove one")
@@ -63,16 +74,8 @@ def read_scored(path: Path) -> Scored | None:
             _check_label(where, "the answer", given, labels)
         rows[number] = true, given, rounded(row.scores.get(given, 0.0))
     if labels is None:
-        raise DataError(f"{path}: no rows; give a file with some")
+        raise DataError(f"{file}: no rows; give a file with some")
     return _scored(labels, dict(sorted(rows.items()))) if labels else None
-
-
-def of_rows(rows: Sequence[Mapping[str, Any]]) -> Scored:
-    """Rows of a classification as `evidence.as_rows` makes them."""
-    labels = tuple(rows[0]["scores"])
-    return _scored(
-        labels, {one["row"]: (one["label"], one["answer"], rounded(one["scores"][one["answer"]])) for one in rows}
-    )
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Row]]:

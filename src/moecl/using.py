@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moecl.course import Watcher
     from moecl.data.task import Split
     from moecl.engine import Engine, Prediction
+    from moecl.evaluate import Answers
     from moecl.export import Parity
     from moecl.model import MoECL
     from moecl.results import Result
@@ -189,46 +190,45 @@ def scores(
     run: Path, names: Sequence[str], split: str, device: str, expert_memory: str, watcher: "Watcher"
 ) -> list[dict[str, Any]]:
     """The score of each named task (of all where none is named) on the split that the run's config.yaml names."""
-    from moecl.engine import Engine
-    from moecl.evaluate import evaluate_task, prompts
+    asked = names or [record.name for record in open_store(run).tasks()]
+    found = answered(run, [(name, split) for name in asked], device, expert_memory, watcher)
+    return [{"task": name, **vars(answers.score())} for (name, _), answers in found.items()]
 
-    store, config = open_store(run), RunFolder(run).config()
-    asked = names or [record.name for record in store.tasks()]
-    splits = {name: split_of(config, store.record(name), split, run) for name in asked}
-    engine = Engine(load(store, device, expert_memory), batch_tokens=config.train.eval_batch_tokens)
-    rows = []
-    for done, (name, found) in enumerate(splits.items()):
-        watcher.evaluating(len(splits), name, done, len(splits))
-        entry = engine.bank[name]
-        rows.append({"task": name, **vars(evaluate_task(engine, entry, found, prompts(engine, entry.task, found)))})
-    return rows
+
+def rescorable(run: Path, moved: Iterable[str]) -> list[str]:
+    """Of tasks that do not answer as they were tested those whose rows can be answered anew: no retired, no deleted."""
+    return [one.name for one in open_store(run).tasks() if one.name in moved and one.task.kind == "classification"]
 
 
 def rescored(run: Path, names: Sequence[str], device: str, watcher: "Watcher") -> "dict[str, Pair]":
     """Validation and test rows of classification tasks, as the current versions answer them."""
-    from moecl.engine import Engine
-    from moecl.evaluate import answer_task, prompts
     from moecl.evidence import as_rows
     from moecl.review_measure import Pair
     from moecl.review_rows import of_rows
 
+    wanted = [(name, split) for name in names for split in ("validation", "test")]
+    found = answered(run, wanted, device, EXPERT_MEMORY, watcher)
+    rows = {key: of_rows(as_rows(answers), f"{' '.join(key)} row") for key, answers in found.items()}
+    records = {record.name: record for record in open_store(run).tasks()}
+    return {name: Pair(rows[name, "validation"], rows[name, "test"], records[name].parts) for name in names}
+
+
+def answered(
+    run: Path, wanted: Sequence[tuple[str, str]], device: str, expert_memory: int | str, watcher: "Watcher"
+) -> "dict[tuple[str, str], Answers]":
+    """What tasks answer now, by task and split of config.yaml; the rows are read before the base is loaded."""
+    from moecl.engine import Engine
+    from moecl.evaluate import answer_task, prompts
+
     store, config = open_store(run), RunFolder(run).config()
-    records = [record for record in store.tasks() if record.name in names and record.task.kind == "classification"]
-    splits = {
-        (record.name, split): split_of(config, record, split, run)
-        for record in records
-        for split in ("validation", "test")
-    }
-    if not splits:
-        return {}
-    engine = Engine(load(store, device), batch_tokens=config.train.eval_batch_tokens)
+    splits = {(name, split): split_of(config, store.record(name), split, run) for name, split in wanted}
+    engine = Engine(load(store, device, expert_memory), batch_tokens=config.train.eval_batch_tokens)
     found = {}
     for done, ((name, split), rows) in enumerate(splits.items()):
         watcher.evaluating(len(splits), name, done, len(splits))
         entry = engine.bank[name]
-        answers = answer_task(engine, entry, rows, prompts(engine, entry.task, rows))
-        found[name, split] = of_rows(as_rows(answers))
-    return {one.name: Pair(found[one.name, "validation"], found[one.name, "test"], one.parts) for one in records}
+        found[name, split] = answer_task(engine, entry, rows, prompts(engine, entry.task, rows))
+    return found
 
 
 def routing(run: Path, split: str, device: str, expert_memory: str) -> "Routing":

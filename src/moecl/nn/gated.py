@@ -127,7 +127,7 @@ class GatedLearner(nn.Module):
         return self._form(self._all())
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """What the task under way trains: the experts' side, and the discriminator against it."""
+        """What the task under way trains: both experts' lora_A, all else on their side, and the discriminator."""
         idle = {"both": (), "task": ("shared.", "gate.", "own_gate."), "shared": ("task.", "gate.", "own_gate.")}
         out = ("adversary.", *idle[self.config.experts])
         ours = [(name, p) for name, p in self.named_parameters() if not name.startswith(out)]

@@ -18,9 +18,9 @@ def keep_few_kernels() -> None:
 
 
 async def give_back() -> None:
-    """Again and again what was freed, to the system: between experts that stay, malloc keeps holes of 100 MB and more.
+    """Return freed memory to the system every ten seconds, until cancelled; it takes some 10 ms.
 
-    It takes some 10 ms. Only glibc has it.
+    malloc keeps holes of 100 MB and more between the experts that stay. Only glibc can be asked for them.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     while hasattr(libc, "malloc_trim"):
