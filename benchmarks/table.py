@@ -8,13 +8,14 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from measure import met, run
 from moecl.report.bench import sections
 from moecl.report.page import Figure, Page, Section, markdown
 from moecl.report.read import Bench, read
-from moecl.review_measure import Review
+from moecl.review_measure import Change, Review
 from moecl.review_tables import against_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -123,16 +124,21 @@ def quality(folder: Path = RESULTS / "quality") -> str:
 
 
 def reviews(bench: Path) -> Iterator[str]:
-    """Reviews of cells, one against another: reviews/A_against_B/review.json."""
-    head = ("A", "B", "task", "rate A", "rate B", "A - B in points (95 %)", "saved in 1000", "precision A, B")
-    for number, path in enumerate(sorted(bench.glob("reviews/*/review.json"))):
-        if not number:
-            yield f"#### What needs no human\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}"
+    """Reviews of cells, one against another, all tasks together: reviews/A_against_B/review.json; and their means."""
+    found: dict[tuple[str, str], list[Change]] = {}
+    for path in sorted(bench.glob("reviews/*/review.json")):
         a, b = path.parent.name.split("_against_")
         against = Review.model_validate_json(path.read_text()).against
         assert against is not None
-        for line in against_table(against, a, b).lines:
-            yield f"| {' | '.join((a, b, *line.cells))} |"
+        if not found:
+            head = ("A", "B", "rate A", "rate B", "A - B in points (95 %)", "saved in 1000", "precision A, B")
+            yield f"#### What needs no human\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}"
+        found.setdefault((a.split(".")[0], b.split(".")[0]), []).append(against.total)
+        yield f"| {' | '.join((a, b, *against_table(against, a, b).lines[-1].cells[1:]))} |"
+    for (a, b), changes in found.items():
+        rates = [f"{100 * fmean(getattr(change, side).stripping_rate for change in changes):.1f} %" for side in "ab"]
+        points = 100 * fmean(change.difference for change in changes)
+        yield f"| **{a}**, mean | {b} | {rates[0]} | {rates[1]} | **{points:+.1f}** | {10 * points:.0f} | |"
 
 
 def of_bench(bench: Bench) -> str:
