@@ -185,6 +185,19 @@ def test_only_the_open_tasks_parts_get_a_gradient(head):
     assert all(p.grad is None for p in after.values())
 
 
+def test_optimizer_groups_are_what_the_open_task_trains():
+    model = MoECL.attach(tiny_model(), MoECLConfig(rank=4, lora_A_lr=0.5))
+    with pytest.raises(TaskError, match="add_task"):
+        model.optimizer_groups(0.01)
+    model.add_task(task("a"))
+    rates = {id(p): group["lr"] for group in model.optimizer_groups(0.01) for p in group["params"]}
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    assert rates == {p: 0.005 if name.endswith("lora_A") else 0.01 for p, name in names.items()}
+    model.finish_task()
+    with pytest.raises(TaskError, match="add_task"):
+        model.optimizer_groups(0.01)
+
+
 def test_a_plain_loop_learns():
     model = MoECL.attach(tiny_model(), MoECLConfig(rank=4))
     batch = labelled(tiny_batch(4))
@@ -192,7 +205,7 @@ def test_a_plain_loop_learns():
     for name in "ab":
         model.add_task(task(name))
         before = float(model.eval()(**batch, task=name).loss.detach())
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.005)
+        optimizer = torch.optim.AdamW(model.optimizer_groups(lr=0.005))
         model.train()
         for _ in range(25):
             model(**batch, task=name).loss.backward()

@@ -153,6 +153,16 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
             self.bank[self._open] = Entry(self.bank[self._open].task, self.learner.finish())
             self._open = None
 
+    def optimizer_groups(self, lr: float) -> list[dict[str, Any]]:
+        """What the open task trains, as a torch optimizer takes it: lora_A at `lora_A_lr` times `lr`, all else at `lr`.
+
+        Raises TaskError where no task is open.
+        """
+        if self._open is None or self.learner is None:
+            raise TaskError("no task is open, so there is nothing to train; call add_task first")
+        rates = self.learner.rates()
+        return [{"params": ps, "lr": lr * rates.get(name, 1.0)} for name, ps in self.learner.groups().items() if ps]
+
     def train(self, mode: bool = True) -> Self:
         """The base stays in eval mode: its own dropout never runs."""
         super().train(mode)

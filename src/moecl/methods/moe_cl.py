@@ -86,7 +86,7 @@ class MoECLMethod(Method):
         return self.state.groups()
 
     def rates(self) -> dict[str, float]:
-        return {"lora_A": self.config.lora_A_lr}
+        return self.state.rates()
 
     def penalty(self, features: Mapping[int, Tensor], step: int, query: Tensor | None = None) -> Tensor | None:
         return self.state.loss(features, step) if self.reads_features else None

@@ -137,6 +137,10 @@ class GatedLearner(nn.Module):
             "discriminator": [] if self.adversary is None else list(self.adversary.parameters()),
         }
 
+    def rates(self) -> dict[str, float]:
+        """Group -> its learning rate, as a share of the whole's; 1 where it is not said (LoRA+, arXiv 2402.12354)."""
+        return {"lora_A": self.config.lora_A_lr}
+
     def loss(self, features: Mapping[int, Tensor], step: int) -> Tensor:
         """The adversarial term of one batch; the step number seeds its draws, so that a resumed run draws the same."""
         assert self.adversary is not None
