@@ -60,10 +60,9 @@ def serve(
     A task is a model. /v1/chat/completions, /v1/completions and /v1/models are for OpenAI's clients, /v1/classify
     gives labels with scores, /openapi.json describes all. The log is JSON lines on standard error.
     """
-    from moecl.review import Thresholds
     from moecl.server.auth import read_keys
     from moecl.server.settings import Settings
-    from moecl.using import open_store
+    from moecl.using import open_store, served_levels
 
     settings = Settings(
         run=run,
@@ -83,9 +82,9 @@ def serve(
         reload_seconds=reload,
         log_texts=log_texts,
     )
-    open_store(run)  # what is wrong is told before the seconds that the model takes
+    store = open_store(run)  # what is wrong is told before the seconds that the model takes
     if thresholds is not None:
-        Thresholds.load(thresholds)
+        served_levels(store, thresholds)
     try:
         from moecl.server.serve import serve as serve_run
     except ModuleNotFoundError as error:

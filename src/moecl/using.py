@@ -111,18 +111,30 @@ def answers(
             yield [answer(one, record, row.label, levels) for one, row in zip(found, chunk, strict=True)]
 
 
+def levels_of(
+    records: Iterable["TaskRecord"], path: Path, known: Thresholds | None = None
+) -> dict[str, TaskThresholds]:
+    """The thresholds of classification tasks, by name. Raises DataError where one's are missing or of other parts."""
+    known = known or Thresholds.load(path)
+    return {
+        one.name: known.of(one.name, one.task.labels or (), one.parts, path)
+        for one in records
+        if one.task.kind == "classification"
+    }
+
+
+def served_levels(store: "Store", path: Path) -> dict[str, TaskThresholds]:
+    """The same of the tasks that the file names: all else a server leaves to a human."""
+    known = Thresholds.load(path)
+    return levels_of((one for one in store.tasks() if one.name in known.tasks), path, known)
+
+
 def routed_answers(
     store: "Store", file: Path | None, device: str, expert_memory: str, thresholds: Path | None
 ) -> Iterator[list[dict[str, Any]]]:
     """The same where nobody says which task: lines also have the task that answered, and each task's probability."""
-    levels, records = {}, {one.name: one for one in store.tasks()}
-    if thresholds is not None:
-        known = Thresholds.load(thresholds)
-        levels = {
-            name: known.of(name, one.task.labels or (), one.parts, thresholds)
-            for name, one in records.items()
-            if one.task.kind == "classification"
-        }
+    records = {one.name: one for one in store.tasks()}
+    levels = {} if thresholds is None else levels_of(records.values(), thresholds)
     with lines_of(file) as lines:
         first = next(lines, None)
         if first is None:

@@ -229,9 +229,10 @@ def test_an_older_version_is_not_decided_by_the_current_ones_thresholds(tmp_path
         assert {one["decision"] for one in server.classify("mood@1", ["love", "bad", "x", "tea"])} == {"review"}
 
 
-def test_thresholds_that_do_not_fit_at_the_start_are_an_error(tmp_path, store, tiny_folder, capsys):
+def test_thresholds_that_do_not_fit_at_the_start_are_an_error(tmp_path, store, tiny_folder, capsys, monkeypatch):
     from moecl.cli import main
 
+    monkeypatch.setattr("moecl.server.library.load", lambda *_: pytest.fail("the base was loaded before that"))
     path = thresholds(tmp_path, store, 0.5)
     relearn(store, tiny_folder, "mood", 5)
     assert main(["serve", str(store), "--port", "0", "--device", "cpu", "--thresholds", str(path)]) == 2

@@ -16,7 +16,7 @@ from moecl.router import Router
 from moecl.run_folder import RESULT, RunFolder
 from moecl.server.schema import Run, TaskInfo
 from moecl.store import MANIFEST, Store, TaskRecord
-from moecl.using import load, open_store
+from moecl.using import load, open_store, served_levels
 
 log = logging.getLogger("moecl.server")
 
@@ -80,9 +80,11 @@ class Library:
         self.path = store.path
         self.result_of = run if store.path != run else None
         self._seen = self._marks()
+        if thresholds is not None:
+            served_levels(store, thresholds)  # a file that does not fit is an error now, and a warning later
         self.model = load(store, device, expert_memory)
         self.engine = Engine(self.model, kv_memory=kv_memory)
-        self.now = self._snapshot(store, self.engine, strict=True)
+        self.now = self._snapshot(store, self.engine)
 
     def reload(self) -> bool:
         """Whether there is something new. Raises MoECLError where that cannot be served; the old one then stays."""
@@ -93,26 +95,24 @@ class Library:
         store = Store.open(self.path, readonly=True)
         bank = self.model.bank.emptied()
         bank.take(store)
-        self.now = self._snapshot(store, self.engine.over(bank), strict=False)
+        self.now = self._snapshot(store, self.engine.over(bank))
         return True
 
-    def _snapshot(self, store: Store, engine: Engine, strict: bool) -> Snapshot:
-        levels = None if self.thresholds is None else self._levels(self.thresholds, store, strict)
+    def _snapshot(self, store: Store, engine: Engine) -> Snapshot:
+        levels = None if self.thresholds is None else self._levels(self.thresholds, store)
         created = int(os.stat(store.path / MANIFEST).st_mtime)
         return Snapshot(store, engine, levels, self._result(), Router.load(self.model, store), created)
 
-    def _levels(self, path: Path, store: Store, strict: bool) -> dict[str, TaskThresholds]:
-        """Thresholds of the tasks. A task that changed under a running server has none: all of it goes to review."""
+    def _levels(self, path: Path, store: Store) -> dict[str, TaskThresholds]:
+        """Thresholds of the tasks. One that has none, or changed under a running server, goes to review as a whole."""
         found = {}
         known = Thresholds.load(path)
         for record in store.tasks():
-            if record.task.kind != "classification" or (strict and record.name not in known.tasks):
+            if record.task.kind != "classification":
                 continue
             try:
                 found[record.reference] = known.of(record.name, record.task.labels or (), record.parts, path)
             except MoECLError as error:
-                if strict:
-                    raise
                 log.warning("thresholds", extra={"fields": {"task": record.name, "reason": str(error)}})
         return found
 
