@@ -31,10 +31,11 @@ def tasks(names: str) -> list[Task]:
     ]
 
 
-def engine(names: str, family: str = "llama", **settings) -> Engine:
+def engine(names: str, family: str = "llama", dtype: torch.dtype = torch.float32, **settings) -> Engine:
     """An engine over tasks whose parts are far from where they start."""
     tokenizer = tiny_tokenizer()
-    model = MoECL.attach(tiny_model(family, vocab_size=len(tokenizer)), MoECLConfig(rank=4), tokenizer=tokenizer)
+    base = tiny_model(family, vocab_size=len(tokenizer), dtype=dtype)
+    model = MoECL.attach(base, MoECLConfig(rank=4), tokenizer=tokenizer)
     draw = torch.Generator().manual_seed(0)
     for task in tasks(names):
         model.add_task(task)
@@ -90,6 +91,28 @@ def test_every_way_of_reading_equals_whole_forwards(family):
     """Rows of several tasks and lengths (some longer than a sliding window of 64), padded on the left, over a cache."""
     names = ["words", "word", "more", "prefix", "words", "more"]
     check(engine("word words prefix more", family), TEXTS, names)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "gpt2"])
+def test_labels_are_told_apart_in_float32_on_a_bfloat16_base(family, monkeypatch):
+    """Logits rounded to bfloat16 would be equal for one row in fifteen of a task with five labels."""
+    monkeypatch.setattr("moecl.nn.inject.HEAD_ROWS", 7)
+    found, seen = engine("word words", family, torch.bfloat16), []
+    head = found.model.base.get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    cap = getattr(found.model.base.config, "final_logit_softcapping", None)
+
+    def logits(hidden):
+        exact = hidden.float() @ head.weight.float().T + (0 if head.bias is None else head.bias.float())
+        return exact if cap is None else torch.tanh(exact / cap) * cap
+
+    [given] = found.predict(TEXTS[:1], "word")
+    own = [tokens[0] for tokens in found.encoder(tasks("word")[0]).answers]
+    assert list(given.scores.values()) == pytest.approx(logits(seen[-1])[0, own].softmax(0).tolist(), rel=1e-5)
+    [scored] = found.score(TEXTS[:1], "words", ["up"])
+    ids = [*found.encoder(tasks("words")[0]).answers[0], EOS]
+    expected = logits(seen[-1]).log_softmax(-1)[range(len(ids)), ids]
+    assert list(scored.token_logprobs) == pytest.approx(expected.tolist(), rel=1e-5)
 
 
 def test_rows_of_different_tasks_differ():

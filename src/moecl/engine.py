@@ -301,11 +301,15 @@ class Engine:
         """Every label is one token: one forward, and the share of each label's token among the labels'."""
         inputs, call = self._inputs(batch, one_forward=True)
         call.answers = last_only(inputs["input_ids"])
+        labels = [[tokens[0] for tokens in request.encoder.answers] for request in batch]
+        tokens = sorted(set().union(*labels))
+        call.tokens = torch.tensor(tokens, device=self.model.device)
         with self._run(call):
-            logits = self.model.base(**inputs, use_cache=False).logits.float()  # (B, V)
+            logits = self.model.base(**inputs, use_cache=False).logits  # (B, tokens)
+        column = {token: place for place, token in enumerate(tokens)}
         return [
-            choose(request, row[[tokens[0] for tokens in request.encoder.answers]])
-            for request, row in zip(batch, logits, strict=True)
+            choose(request, row[[column[token] for token in own]])
+            for request, own, row in zip(batch, labels, logits, strict=True)
         ]
 
     def _read_head(self, batch: Sequence[Request]) -> list[Prediction]:
@@ -323,10 +327,10 @@ class Engine:
         A label's score is the sum of log p over its tokens and the end of the answer.
         """
         inputs, call = self._inputs(batch)
-        call.answers = last_only(inputs["input_ids"])
+        call.answers, call.tokens = last_only(inputs["input_ids"]), slice(None)
         with self._run(call):
             output = self.model.base(**inputs, use_cache=True)
-        first = output.logits.float().log_softmax(-1)  # (B, V)
+        first = output.logits.log_softmax(-1)  # (B, V)
         paths = [self.trie(request.encoder).paths for request in batch]
         pairs = [(row, path) for row, own in enumerate(paths) for path in own]
         followed = iter(self._follow(call, inputs["attention_mask"], output.past_key_values, pairs))
@@ -360,7 +364,7 @@ class Engine:
                     past_key_values=own,
                     use_cache=True,
                 ).logits
-            found += [one[: len(path)].float().log_softmax(-1) for one, path in zip(logits, paths, strict=True)]
+            found += [one[: len(path)].log_softmax(-1) for one, path in zip(logits, paths, strict=True)]
         return found
 
     def _write(self, batch: Sequence[Request], max_new_tokens: int) -> list[Prediction]:

@@ -56,8 +56,8 @@ def token_logprobs(model: MoECL, batch: Sequence[Request], pad_id: int) -> list[
     wanted[:, :-1] = labels[:, 1:] != -100  # position t predicts token t + 1
     call = model.call_with(parts_of(batch))
     call.attention_mask = mask * (labels == -100)  # a text is weighed by what is asked
-    call.answers = wanted
+    call.answers, call.tokens = wanted, slice(None)
     with run_with(call):
         logits = model.base(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
-    found = logits.float().log_softmax(-1).gather(1, labels[:, 1:][wanted[:, :-1]][:, None])[:, 0]
+    found = logits.log_softmax(-1).gather(1, labels[:, 1:][wanted[:, :-1]][:, None])[:, 0]
     return [tuple(part.tolist()) for part in found.split([len(request.row.answer_ids) for request in batch])]

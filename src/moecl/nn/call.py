@@ -63,6 +63,7 @@ class Call:
     rows: Tensor | None = None
     attention_mask: Tensor | None = None  # [B, T], 1 where a token is real; needed for `features` and `query`
     answers: Tensor | None = None  # [B, T] bool: the positions that reach the language-model head
+    tokens: Tensor | slice | None = None  # ids whose logits are read, in float32; None reads all as the base has them
     prefix: Tensor | None = None  # [B, T, D], what enters the first adapted layer: those below it are not run
     features: dict[int, Tensor] | None = None  # if given: layer -> p [B, D], the discriminator's input
     gate_use: dict[int, Tensor] | None = None  # if given: layer -> task expert's weight [B, T]
@@ -84,7 +85,7 @@ class Call:
     def of(self, rows: Tensor) -> "Call":
         """The call of these rows of this one's, for a forward on what their cache holds."""
         query = None if self.query is None else self.query[rows]
-        return Call(self.parts, None if self.rows is None else self.rows[rows], query=query)
+        return Call(self.parts, None if self.rows is None else self.rows[rows], tokens=self.tokens, query=query)
 
     def only(self, count: int, wanted: Callable[["Parts"], bool], key: Hashable) -> tuple[Tensor, "Call"]:
         """The places among `count` rows whose parts are `wanted`, and the call of those; kept under `key`."""

@@ -51,6 +51,7 @@ TABLE = (
 SUPPORTED = "; ".join(names.families for names in TABLE)
 
 Forward = Callable[..., Any]
+HEAD_ROWS = 16384  # of the language-model head, in float32 at a time
 
 
 class Injected:
@@ -73,7 +74,9 @@ class Injected:
         for index, layer in self.layers.items():
             self._inject(layer, ffns[index], names, index)
         self._hooks = [layers[0].register_forward_pre_hook(_note_batch, with_kwargs=True)]
-        self._hooks.append(base.get_output_embeddings().register_forward_pre_hook(_keep_answers))  # type: ignore[operator]
+        head = base.get_output_embeddings()  # type: ignore[operator]
+        self._hooks.append(head.register_forward_pre_hook(_keep_answers))
+        self._replace(head, partial(_read, head, head.forward))
         self._all, self._ends = layers, set[int]()
         for layer in layers[: self.below]:
             self._replace(layer, partial(_below, layer.forward))
@@ -233,6 +236,20 @@ def _keep_answers(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, 
     if call is None or call.answers is None:
         return None
     return (args[0][call.answers], *args[1:])
+
+
+def _read(head: nn.Module, forward: Forward, hidden_states: Tensor) -> Tensor:
+    """The logits of the tokens that the call reads: bfloat16 ones are equal for labels that are near each other."""
+    call = current_call()
+    if call is None or call.tokens is None:
+        return cast(Tensor, forward(hidden_states))
+    if type(head) is not nn.Linear:
+        return cast(Tensor, forward(hidden_states)[..., call.tokens].float())
+    weight, bias = head.weight[call.tokens], None if head.bias is None else head.bias[call.tokens].float()
+    x = hidden_states.float()
+    # A float32 copy of a whole head would be gigabytes.
+    logits = [x @ some.float().mT for some in torch.split(weight, HEAD_ROWS)]
+    return torch.cat(logits, dim=-1) if bias is None else torch.cat(logits, dim=-1) + bias
 
 
 def check_base(base: nn.Module) -> None:
