@@ -178,6 +178,15 @@ def test_all_cells_are_tested_on_the_same_rows(tmp_path, tiny_folder):
     assert "its test rows of task 'task1' are not those of moe-cl.stream.s0" in str(bench.cells[1].reason)
 
 
+def test_a_methods_cells_are_trained_on_the_same_rows(tmp_path, tiny_folder):
+    config = tiny_bench(tmp_path, tiny_folder, seeds=[0, 1])
+    run_here(config, tmp_path / "out", seeds=[0])
+    rows = tmp_path / "task1.train.jsonl"
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
+    bench, _ = run_here(config, tmp_path / "out")
+    assert "its train rows of task 'task1' are not those of moe-cl.stream.s0" in str(bench.cells[1].reason)
+
+
 def test_a_stopped_bench_goes_on(tmp_path, tiny_folder):
     class Stopped(Here):
         def ended(self, seconds: float) -> list[Ended]:

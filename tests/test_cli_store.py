@@ -80,6 +80,9 @@ def test_from_one_version_to_another(moecl, refuses, run):
     gate = moecl("compare", run, run)
     assert gate.status == 3
     assert "version 1 answers, which was not tested last in NEW" in " ".join(gate.out.split())
+    assert moecl("compare", run, run / "result.json").status == 3, "the run of the file, too"
+    against = moecl("review", run, "--against", run, "--json")
+    assert list(json.loads(against.out)["against"]["tasks"]) == ["task1"]
     assert refuses("rollback", run, "task0") == "task 'task0' has no version older than its current one, 1"
     assert moecl("rollback", run, "task0", "--to", 2).out == "task0 is now task0@2; it was task0@1\n"
     assert answered("task0") == second

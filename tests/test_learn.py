@@ -15,6 +15,7 @@ from moecl.run_folder import RunFolder
 from moecl.session import Session
 from moecl.store import Store
 from moecl.train import ContinualTrainer, Watcher, learn
+from runs import contents
 from tiny import tiny_batch
 from tiny_stream import task, write_rows, write_stream
 
@@ -192,6 +193,15 @@ def test_no_run_no_folder(tmp_path):
     with pytest.raises(RunError, match="not a run folder"):
         learn(tmp_path / "typo", new(tmp_path / "n"))
     assert not (tmp_path / "typo").exists()
+
+
+def test_joint_learns_no_more_and_stays_finished(tmp_path, tiny_folder):
+    path = write_stream(tmp_path / "stream", tiny_folder, rows=16, train=TRAIN, method={"name": "joint", "rank": 4})
+    ContinualTrainer(load_stream(path), tmp_path / "run").run()
+    before = contents(tmp_path / "run")
+    with pytest.raises(RunError, match="joint learns all tasks at once; run the stream again elsewhere"):
+        learn(tmp_path / "run", new(tmp_path / "n"))
+    assert contents(tmp_path / "run").items() - before.items() == {(".lock", contents(tmp_path / "run")[".lock"])}
 
 
 def test_a_run_in_use(run, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -200,6 +201,56 @@ def test_a_close_race_is_called_so(tmp_path):
     assert "moe-cl is not shown to be better" in said
     assert "is level with it (95% interval 0.0 to 0.0 points, p = 1)" in said
     assert "Only one order was run." in said
+
+
+def altered(folder: Path, id: str, **changes) -> None:
+    path = folder / "cells" / id / "result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_lead_that_a_seed_does_not_bear_out_is_called_so(tmp_path):
+    folder = write_bench(tmp_path / "b", methods=("moe-cl", "sequential-lora"), orders=("order1",))
+    better = (folder / "cells" / "moe-cl.order1.s0" / "result.json").read_text()
+    (folder / "cells" / "sequential-lora.order1.s1" / "result.json").write_text(
+        json.dumps(json.loads(better) | {"method": "sequential-lora", "seed": 1})
+    )
+    altered(folder, "moe-cl.order1.s1", **{key: json.loads(better)[key] for key in ("R", "items")})
+    said = page(make([folder])).said
+    assert "moe-cl is ahead of its best rival, but not with seed 1: " in said
+
+
+def test_the_leader_is_behind_no_other_where_cells_are_missing(tmp_path):
+    missing = [("moe-cl", "order3", seed, "waiting", None) for seed in (0, 1)]
+    folder = write_bench(tmp_path / "b", methods=("moe-cl", "per-task-lora"), troubles=missing)
+    assert "moe-cl is better than its best rival" in page(make([folder])).said
+
+
+def test_benches_that_are_trained_otherwise_stand_apart(tmp_path):
+    parts = [write_bench(tmp_path / name, methods=("moe-cl", "ewc"), orders=("order1",)) for name in "ab"]
+    caption = "Average accuracy after the last task, by order (mean ± SD over seeds)"
+    record = json.loads((tmp_path / "b" / "bench.json").read_text())
+    record["methods"]["ewc"]["tuned"] = None  # how a setting was chosen is no other setting
+    (tmp_path / "b" / "bench.json").write_text(json.dumps(record))
+    assert len(make(parts, tmp_path / "one.html").headlines) == 1
+    record["protocol"]["train"]["epochs"] = 20
+    (tmp_path / "b" / "bench.json").write_text(json.dumps(record))
+    written = make(parts, tmp_path / "two.html")
+    assert len(written.headlines) == 2
+    assert caption in page(written).tables
+
+
+def test_how_a_method_is_trained_is_told_where_it_is_its_own(tmp_path):
+    folder = write_bench(tmp_path / "b", methods=("moe-cl", "ewc"), orders=("order1",), seeds=(0,))
+    record = json.loads((folder / "bench.json").read_text())
+    for label, lr, head in (("moe-cl", 1e-3, "lm"), ("ewc", 2e-3, "classifier")):
+        record["methods"][label]["stream"] = {"head": head, "train": {"lr": lr, "epochs": 2, "seed": 0}}
+    (folder / "bench.json").write_text(json.dumps(record))
+    rows = page(make([folder])).tables["Settings of each method, where not the default"][1:]
+    told = {row[0]: row[2] for row in rows}
+    assert ("lr = 0.001" in told["moe-cl"], "head = lm" in told["moe-cl"]) == (True, True)
+    assert ("lr = 0.002" in told["ewc"], "head = classifier" in told["ewc"]) == (True, True)
+    assert "epochs" not in told["moe-cl"]
+    assert "seed" not in told["moe-cl"]
 
 
 def test_a_bench_without_items_or_results_says_so(tmp_path):

@@ -265,10 +265,10 @@ def find(bank: Mapping[str, Entry], name: str) -> Entry:
 def settings_of(store: Store) -> tuple[MoECLConfig, int]:
     """How the last task of a store was learned, and the seed."""
     records = store.manifest.tasks
-    known = dict(records[-1].settings) if records else {}
+    known = {**MoECLConfig.unrecorded, **records[-1].settings} if records else {}
     ours = MoECLConfig.model_fields if known.get("method") in (None, OURS) else ("adapt_layers",)
     fields: Any = {name: known[name] for name in ours if name in known}
-    return MoECLConfig(**fields), int(known.get("seed", 0))  # type: ignore[arg-type]
+    return MoECLConfig(**fields), int(known.get("seed", 0))
 
 
 def carried(store: Store) -> dict[str, dict[str, Tensor]]:

@@ -321,15 +321,21 @@ class Bench:
             self.parameters.setdefault(job.label, trained)
 
     def _check_rows(self, cell: Cell) -> None:
-        """Cells are compared item by item: all must have been tested on the same rows."""
+        """Cells are compared row by row, so all are tested on the same rows; and a method's are trained on the same."""
         for other in self.cells:
             if other is cell or other.result is None or cell.result is None:
                 continue
-            for task in {*cell.result.data} & {*other.result.data}:
-                test, theirs = cell.result.data[task].get("test"), other.result.data[task].get("test")
-                if test and theirs and test.sha256 != theirs.sha256:
+            for task, splits in cell.result.data.items():
+                theirs = other.result.data.get(task, {})
+                same = {"test"} if other.label != cell.label else theirs.keys()
+                changed = [
+                    name
+                    for name in splits
+                    if name in same & theirs.keys() and splits[name].sha256 != theirs[name].sha256
+                ]
+                if changed:
                     cell.result = None
-                    cell.fail(f"its test rows of task {task!r} are not those of {other.id}; restore them")
+                    cell.fail(f"its {changed[0]} rows of task {task!r} are not those of {other.id}; restore them")
                     return
 
     # What is told

@@ -1,5 +1,6 @@
 """What a bench is made of and what is known of it: cells, trials, and bench.json. Free of torch."""
 
+import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moecl._atomic import atomic_write
-from moecl.config import StreamConfig
+from moecl.config import StreamConfig, fill_unrecorded
 from moecl.errors import RunError
 from moecl.results import Result
 from moecl.run_folder import CONFIG, RESULT, RunFolder, differences
@@ -119,7 +120,9 @@ def changes_under(cell: Cell, record: Mapping[str, Any], stream: Mapping[str, An
 
 
 def filled(recorded: dict[str, Any]) -> dict[str, Any]:
-    """Settings that this moecl knows and the one that wrote the record did not have their defaults."""
+    """Settings that this moecl knows and the one that wrote the record did not, as they were in effect."""
+    recorded = copy.deepcopy(recorded)
+    fill_unrecorded(recorded)
     try:
         return StreamConfig.model_validate(recorded).model_dump(mode="json")
     except ValueError:  # or one that is gone: it will show among the differences
@@ -139,7 +142,9 @@ def refuse(out: Path, changes: Sequence[str], of: Iterable[Job]) -> RunError:
 
 def protocol(streams: Mapping[str, Mapping[str, Any]], cells: Sequence[Cell]) -> dict[str, Any]:
     """What all methods have in common, and where they differ by label; rows a split as they were used."""
-    trains = [stream["train"] for stream in streams.values()]
+    plain = [{"head": one["head"], "evaluate": one["evaluate"], **one["train"]} for one in streams.values()]
+    common = {key: value for key, value in plain[0].items() if all(one[key] == value for one in plain)}
+    del common["seed"]  # each cell has its own
     depths = {
         label: stream["method"]["adapt_layers"]
         for label, stream in streams.items()
@@ -151,11 +156,9 @@ def protocol(streams: Mapping[str, Mapping[str, Any]], cells: Sequence[Cell]) ->
         if cell.result is not None
         for task, splits in cell.result.data.items()
     }
-    first = next(iter(streams.values()))
     return {
-        "train": {key: value for key, value in trains[0].items() if all(train[key] == value for train in trains)},
-        "head": first["head"],
-        "evaluate": first["evaluate"],
+        "train": {key: value for key, value in common.items() if key not in ("head", "evaluate")},
+        **{key: common[key] for key in ("head", "evaluate") if key in common},
         "adapt_layers": depths,
         "rows": rows,
     }

@@ -58,9 +58,9 @@ def bench(
     only: Annotated[
         str | None, typer.Option("--only", metavar="REGEX", help="Only cells with it in METHOD.ORDER.sSEED.")
     ] = None,
-    methods: Annotated[str | None, typer.Option("--methods", metavar="A,B", help="Only these methods.")] = None,
-    orders: Annotated[str | None, typer.Option("--orders", metavar="A,B", help="Only these orders.")] = None,
-    seeds: Annotated[str | None, typer.Option("--seeds", metavar="0,1", help="Only these seeds.")] = None,
+    methods: Annotated[list[str] | None, typer.Option("--methods", metavar="A,B", help="Only these methods.")] = None,
+    orders: Annotated[list[str] | None, typer.Option("--orders", metavar="A,B", help="Only these orders.")] = None,
+    seeds: Annotated[list[str] | None, typer.Option("--seeds", metavar="0,1", help="Only these seeds.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and how far they are, and stop.")] = False,
     as_json: AsJson = False,
 ) -> int:
@@ -85,8 +85,9 @@ def bench(
     return int(bool(found.failed()) and not dry_run)
 
 
-def listed(words: str | None) -> list[str]:
-    return [word.strip() for word in (words or "").split(",") if word.strip()]
+def listed(words: list[str] | None) -> list[str]:
+    """With commas, or the option given once more."""
+    return [word.strip() for word in ",".join(words or ()).split(",") if word.strip()]
 
 
 def a_seed(word: str) -> int:

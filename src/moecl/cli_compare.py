@@ -73,8 +73,10 @@ def compare(
     if route is not None and (route != AUTO or general is None):
         raise ConfigError("--route: it is auto or not given, and needs --general FILE")
     decides: Decides = "strict" if strict else "confident" if confident else "point"
+    if device != "auto" and general is None:
+        raise ConfigError("--device: is for --general FILE; the results are scored already")
     before, after = read_result(old), read_result(new)
-    tasks = compare_tasks(before, after, max_drop, decides, not_as_tested(new, after))
+    tasks = compare_tasks(before, after, max_drop, decides, not_as_tested(new if new.is_dir() else new.parent, after))
     texts = None
     if general is not None:
         texts = compare_texts(*predicted(general, old, new, device, route), max_drop, decides)

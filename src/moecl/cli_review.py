@@ -63,10 +63,13 @@ def review(
     from moecl.review import Target
     from moecl.review_measure import review as reviewed
     from moecl.review_rows import of_run
+    from moecl.using import not_as_tested
 
+    if device != "auto" and not rescore:
+        raise ConfigError("--device: is for --rescore; the rows are scored already")
     target = Target.of(precision, confidence)
     pairs, skipped = gathered(run, validation, test, tasks or [], device if rescore else None)
-    second = None if against is None else of_run(against, [])[0]
+    second = None if against is None else of_run(against, [], not_as_tested(against))[0]
     thresholds, found = reviewed(pairs, target, skipped, second)
     names = [path.resolve().name for path in (run or Path("files"), against) if path is not None]
     folder = output or (run / "review" if run else None)

@@ -162,8 +162,8 @@ def total(reviews: Sequence[TaskReview]) -> GroupReview:
 class Change(Strict):
     """What run A decides more than run B, on the same test rows."""
 
-    a: Decided
-    b: Decided
+    a: GroupReview
+    b: GroupReview
     difference: float = Field(description="stripping rate of A less that of B")
     interval: tuple[float, float] = Field(description="95 % of it: paired bootstrap over test rows, per task")
     saved_per_1000: float = Field(description="human reviews that A saves over B in 1000 texts")
@@ -200,11 +200,14 @@ def resampled(difference: NDArray[np.int_], generator: np.random.Generator) -> N
     return np.asarray(generator.multinomial(len(difference), parts, size=DRAWS) @ np.array([-1, 0, 1]))
 
 
-def change(a: Decided, b: Decided, drawn: NDArray[np.int64]) -> Change:
+def change(a: GroupReview, b: GroupReview, drawn: NDArray[np.int64]) -> Change:
     low, high = np.quantile(drawn / a.rows, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     difference = (a.decided - b.decided) / a.rows
-    plain_a, plain_b = (counted(one.rows, one.decided, one.right) for one in (a, b))
-    return Change(a=plain_a, b=plain_b, difference=difference, interval=(low, high), saved_per_1000=1000 * difference)
+    sides = {
+        name: GroupReview(**dict(counted(one.rows, one.decided, one.right)), classes=one.classes)
+        for name, one in (("a", a), ("b", b))
+    }
+    return Change(**sides, difference=difference, interval=(low, high), saved_per_1000=1000 * difference)
 
 
 class Review(Strict):

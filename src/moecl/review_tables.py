@@ -81,7 +81,15 @@ def _of_class(label: str, found: ClassReview, level: str) -> Line:
 
 
 def against_table(against: Against, a: str, b: str) -> Table:
-    columns = ("task", "rate\nA", "rate\nB", "A - B in points\n(95 %)", "saved\nin 1000", "precision\nA, B")
+    columns = (
+        "task",
+        "rate\nA",
+        "rate\nB",
+        "A - B in points\n(95 %)",
+        "saved\nin 1000",
+        "precision\nA, B",
+        "slipped most\nA, B",
+    )
     changes = {**against.tasks, **({TOTAL: against.total} if len(against.tasks) > 1 else {})}
     return Table(f"A {a} against B {b}", columns, [_change(name, found) for name, found in changes.items()])
 
@@ -91,7 +99,18 @@ def _change(name: str, found: Change) -> Line:
     difference = f"{100 * found.difference:+.1f} ({100 * low:+.1f}, {100 * high:+.1f})"
     rates = [percent(one.stripping_rate) for one in (found.a, found.b)]
     precisions = ", ".join(show(one.precision) for one in (found.a, found.b))
-    return Line((name, *rates, difference, f"{found.saved_per_1000:.0f}", precisions))
+    return Line((name, *rates, difference, f"{found.saved_per_1000:.0f}", precisions, slipped_most(found)))
+
+
+def slipped_most(found: Change) -> str:
+    """The class of which the greatest share passes as another on either side: fewer reviews are no gain by that."""
+    rates = {
+        label: [side.classes[label].slip_rate for side in (found.a, found.b)]
+        for label in found.a.classes
+        if label in found.b.classes
+    }
+    worst = max(rates, key=lambda label: max(rate or 0.0 for rate in rates[label]), default=None)
+    return "-" if worst is None else f"{worst} {', '.join(percent(rate) for rate in rates[worst])}"
 
 
 def calibration_table(review: Review) -> Table:

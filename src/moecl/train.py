@@ -90,6 +90,8 @@ def learn(
             run.undo_reopen()
         config, result = run.config(), run.finished()
         assert result is not None
+        if (method := config.method).learns_together:  # before the run is reopened
+            raise RunError(f"{run.path}: {method.name} learns all tasks at once; run the stream again elsewhere (-o)")
         progress = reopened(result, task.name, rolled_back(run, result))
         if replace:
             progress.versions[task.name] = known_version(run, result.tasks, task.name) + 1

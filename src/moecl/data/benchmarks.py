@@ -14,11 +14,6 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {"vader4": tuple(SOURCES)}  # name -> i
 SPLITS = tuple(sorted(SIZES))
 
 
-def is_source(value: str) -> bool:
-    """Whether a stream's `train`, `validation` or `test` names a benchmark's split."""
-    return value.startswith(PREFIX)
-
-
 def resolve_source(source: str, progress: Progress | None = None, offline: bool = False) -> Path:
     """Find the JSONL file of `asset:BENCHMARK/TASK/SPLIT`, fetched if it is not in the cache.
 

@@ -1,6 +1,6 @@
 """The registry: the only place where a method's name is looked at."""
 
-from moecl.method_config import METHODS, MethodConfig, method_names, plugin
+from moecl.method_config import METHODS, MethodConfig, plugin
 from moecl.methods.base import Method
 from moecl.methods.ewc import EWC
 from moecl.methods.joint import Joint
@@ -37,10 +37,6 @@ REGISTRY: dict[str, type[Method]] = {
 def find_method(name: str) -> type[Method]:
     """A method of ours, or a plug-in's. KeyError, ConfigError."""
     return REGISTRY[name] if name in METHODS else plugin(name)
-
-
-def all_methods() -> list[type[Method]]:
-    return [find_method(name) for name in method_names()]
 
 
 def make_method(config: MethodConfig, geometry: Geometry, seed: int, base: Injected | None = None) -> Method:

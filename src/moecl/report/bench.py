@@ -68,6 +68,9 @@ def headline(found: Sequence[Standing]) -> str:
         return f"{first.label} leads with {gap}. {NO_ITEMS} {_orders(first, rival)}"
     verdict = f"{gap} (95% interval {_points(rival.sure)}, p = {p_value(rival.sure.p)}). {_orders(first, rival)}"
     if rival.sure.low > 0:
+        behind = [str(seed) for seed, gap in rival.by_seed.items() if gap <= 0]
+        if behind:
+            return f"{first.label} is ahead of its best rival, but not with seed {listed(behind)}: {verdict}"
         return f"{first.label} is better than its best rival: {verdict}"
     return f"{first.label} is not shown to be better: {verdict} The interval does not lie above 0."
 
@@ -323,25 +326,39 @@ def _costs(one: Standing) -> dict[str, Any]:
 def _tuning(bench: Bench) -> Iterator[Block]:
     tuned = {label: method.tuned for label, method in bench.methods.items() if method.tuned}
     if not tuned:
-        yield Text("Nothing: every method ran with the settings below, none chosen by its scores.")
-    rows = []
+        yield Text("No trials were run here: every method ran with the settings below.")
+    own, rows = _own(bench), []
     for label, method in bench.methods.items():
         trials = method.tuned.trials if method.tuned else []
         best = max((trial.score for trial in trials if trial.score is not None), default=None)
         chosen = settings(method.tuned.chosen) if method.tuned else "-"
         rows.append(
-            [label, method.method, settings(_unusual(method)), str(len(trials)), chosen, score(best) if trials else "-"]
+            [
+                label,
+                method.method,
+                settings(_unusual(method) | own[label]),
+                str(len(trials)),
+                chosen,
+                score(best) if trials else "-",
+            ]
         )
     budgets = {len(found.trials) for found in tuned.values()}
     if tuned:
-        same = (
-            "the same budget for every method"
-            if len(budgets) == 1 and len(tuned) == len(bench.methods)
-            else "not the same budget for every method"
-        )
-        yield Text(f"Hyper-parameters were chosen on validation rows only, with {same}.")
+        same = len(budgets) == 1 and len(tuned) == len(bench.methods)
+        many = f"{several(budgets.pop(), 'trial')} of each method" if same else "Not as many trials of each method"
+        yield Text(f"{many} were scored on validation rows; the best is what its cells ran with.")
     columns = ["label", "method", "settings", "trials", "chosen", "validation score of the chosen"]
     yield Table("Settings of each method, where not the default", columns, rows, words=(1, 2, 4))
+
+
+def _own(bench: Bench) -> dict[str, dict[str, Any]]:
+    """How each method is trained and read where that is not the same for all."""
+    plain = {
+        label: {"head": method.stream.get("head"), **method.stream.get("train", {}), "seed": None}
+        for label, method in bench.methods.items()
+    }
+    keys = {key: {repr(one.get(key)) for one in plain.values()} for one in plain.values() for key in one}
+    return {label: {key: one[key] for key in one if len(keys[key]) > 1} for label, one in plain.items()}
 
 
 def _unusual(method: MethodOfBench) -> dict[str, Any]:

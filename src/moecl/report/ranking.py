@@ -68,6 +68,7 @@ class Comparison:
     cells: int
     mean: float
     sure: stats.Difference | None
+    by_seed: Mapping[int, float]  # seed -> how far ahead on its cells
 
     @property
     def p(self) -> float | None:
@@ -109,22 +110,39 @@ def compare(a: Standing, b: Standing) -> Comparison | None:
         return None
     cells = [items(side) for side in sides]
     sure = stats.paired(cells[0], cells[1]) if cells[0] and cells[1] else None
-    return Comparison(b, len(common), round(means[0] - means[1], 12), sure)
+    by_seed = {}
+    for seed in sorted({seed for _, seed in common}):
+        own = [mean([last_row(one.results[place]) for place in common if place[1] == seed]) for one in (a, b)]
+        if own[0] is not None and own[1] is not None:
+            by_seed[seed] = round(own[0] - own[1], 12)
+    return Comparison(b, len(common), round(means[0] - means[1], 12), sure, by_seed)
 
 
 def leader(found: Sequence[Standing]) -> Standing | None:
-    """The best rehearsal-free method of those with the most finished cells."""
+    """The rehearsal-free method that is behind no other on their common cells, of those with half of the most cells.
+
+    Where each is behind some other, the best of those with the most cells.
+    """
     free = [one for one in found if one.rehearsal_free and one.mean is not None]
     most = max((len(one.results) for one in free), default=0)
-    return next((one for one in free if len(one.results) == most), None)
+    contenders = sorted((one for one in free if 2 * len(one.results) >= most), key=lambda one: -len(one.results))
+    for one in contenders:
+        gaps = [compared.mean for other in contenders if other is not one and (compared := compare(one, other))]
+        if gaps and min(gaps) >= 0:
+            return one
+    return next(iter(contenders), None)
 
 
 def best_rival(of: Standing, found: Sequence[Standing]) -> Comparison | None:
-    """The rehearsal-free method that comes closest, of another registry name where there is one."""
+    """The rehearsal-free method that comes closest, of another registry name where there is one.
+
+    Of those with the most cells in common with it: what a method reaches on few may be luck.
+    """
     free = [one for one in found if one.rehearsal_free and one.label != of.label]
     others = [one for one in free if one.method != of.method] or free
     compared = [comparison for one in others if (comparison := compare(of, one))]
-    return min(compared, key=lambda comparison: comparison.mean, default=None)
+    most = max((comparison.cells for comparison in compared), default=0)
+    return min((one for one in compared if one.cells == most), key=lambda one: one.mean, default=None)
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -52,6 +52,7 @@ class MethodOfBench(_Open):
     method: str
     settings: dict[str, Any] = Field(default_factory=dict)
     tuned: Tuned | None = None
+    stream: dict[str, Any] = Field(default_factory=dict)
 
 
 class CellOfBench(_Open):
@@ -153,11 +154,30 @@ def _read_bench(folder: Path) -> Bench:
 
 
 def merged(benches: Sequence[Bench]) -> list[Bench]:
-    """Benches of the same base and tasks as one; others stay as they are, all in the order of their first."""
-    groups: dict[tuple[str, frozenset[str]], list[Bench]] = {}
+    """Benches of the same base, tasks, rows and training as one; the others stay as they are."""
+    groups: list[list[Bench]] = []
     for bench in benches:
-        groups.setdefault((bench.base, frozenset(bench.tasks())), []).append(bench)
-    return [_merge(group) if len(group) > 1 else group[0] for group in groups.values()]
+        group = next((group for group in groups if all(_alike(bench, other) for other in group)), None)
+        groups.append([bench]) if group is None else group.append(bench)
+    return [_merge(group) if len(group) > 1 else group[0] for group in groups]
+
+
+def _alike(a: Bench, b: Bench) -> bool:
+    """Whether their cells may stand in one table; what only some methods of a bench have is no protocol of it."""
+    if a.base != b.base or {*a.tasks()} != {*b.tasks()}:
+        return False
+    trains = [bench.protocol.get("train", {}) for bench in (a, b)]
+    if any(trains[0][key] != trains[1][key] for key in trains[0].keys() & trains[1].keys()):
+        return False
+    rows = [_rows(bench) for bench in (a, b)]
+    return all(rows[0][key] == rows[1][key] for key in rows[0].keys() & rows[1].keys())
+
+
+def _rows(bench: Bench) -> dict[tuple[str, str], str]:
+    """(task, split) -> the sha256 of its rows, as the first finished cell has them."""
+    first = next(iter(bench.results.values()), None)
+    data = {} if first is None else first.data
+    return {(task, name): split.sha256 for task, splits in data.items() for name, split in splits.items()}
 
 
 def _merge(benches: Sequence[Bench]) -> Bench:
@@ -168,6 +188,7 @@ def _merge(benches: Sequence[Bench]) -> Bench:
     for bench in benches:
         _add(orders, bench.orders, "order")
         _add(methods, bench.methods, "method")
+        methods |= {label: method for label, method in bench.methods.items() if methods[label].tuned is None}
         protocol = {**bench.protocol, **protocol}
     results = {id: result for bench in reversed(benches) for id, result in bench.results.items()}
     cells = {cell.id: cell for bench in reversed(benches) for cell in bench.cells if cell.id not in results}
@@ -187,7 +208,13 @@ def _merge(benches: Sequence[Bench]) -> Bench:
 
 def _add(found: dict[str, Any], more: Mapping[str, Any], what: str) -> None:
     for name, value in more.items():
-        if found.setdefault(name, value) != value:
+        first = found.setdefault(name, value)
+        if _settled(first) != _settled(value):
             raise RunError(
                 f"{what} {name} is not the same in the benches; give it another name in one, or report apart"
             )
+
+
+def _settled(value: Any) -> Any:
+    """What a method ran with: how it was chosen may be known to one bench alone."""
+    return value.model_copy(update={"tuned": None, "stream": {}}) if isinstance(value, MethodOfBench) else value
