@@ -234,6 +234,20 @@ def test_faulty_rows(rows, names, error, message):
         engine("word write").predict(rows, names)
 
 
+@pytest.mark.parametrize("one", ["food", b"food", {"text": "food"}, example("food", tasks("word")[0])])
+def test_a_text_alone_is_no_list_of_its_characters(one):
+    found = engine("word write")
+    asked = {
+        "rows": [lambda: found.predict(one, "word"), lambda: found.score(one, "word", ["fine"])],
+        "prompts": [lambda: found.generate(one, "write"), lambda: list(found.stream(one, "write"))],
+    }
+    for name, ask in [(name, ask) for name, every in asked.items() for ask in every]:
+        with pytest.raises(DataError, match=rf"{name}: .*food.* is one alone; give a list"):
+            ask()
+    with pytest.raises(DataError, match="completions: 'sad' is one alone"):
+        found.score(["a", "b", "c"], "word", "sad")
+
+
 def test_a_tokenizer_is_needed():
     with pytest.raises(BaseError, match="no tokenizer"):
         Engine(MoECL.attach(tiny_model()))

@@ -122,6 +122,14 @@ def test_the_text_alone():
     assert text_alone(example(chat, written), written) == text_of_any(chat, [plain, written]) == "hello"
     with pytest.raises(DataError, match="rows:3: the row has no field that a task reads; give text"):
         text_of_any({"title": "x"}, [plain], "rows:3")
+    for half in ("x \ud800", {"text": "x \ud800"}):
+        with pytest.raises(DataError, match=r"row: text: '\\ud800' at character 3 is not valid Unicode"):
+            text_of_any(half, [plain])
+
+
+def test_one_text_is_no_list(router):
+    with pytest.raises(DataError, match="texts: 'tea' is one alone; give a list"):
+        router.route("tea")
 
 
 def test_many_rows_are_thinned_evenly():

@@ -19,7 +19,7 @@ from moecl._sizes import KV_MEMORY, parse_size
 from moecl.bank import Entry, find
 from moecl.config import Task
 from moecl.data.encode import Encoded, Encoder, token_batches
-from moecl.data.task import Example
+from moecl.data.task import Example, listed
 from moecl.errors import BaseError, DataError, TaskError
 from moecl.generation import Completion, Decoder, Sampling, Writing
 from moecl.kv_prefix import KVPrefixes
@@ -138,7 +138,7 @@ class Engine:
 
     def requests(self, rows: Iterable[Row], tasks: TaskNames, max_new_tokens: int = MAX_NEW_TOKENS) -> list[Request]:
         """Rows encoded, as `answer` and `write` take them. Raises as `predict`."""
-        rows = list(rows)
+        rows = listed(rows)
         names = names_of(tasks, len(rows))
         found: dict[int, Request] = {}
         for name, own in places(names).items():
@@ -179,7 +179,7 @@ class Engine:
 
         Raises TaskError for a task that does not write, and as `predict`.
         """
-        rows = list(prompts)
+        rows = listed(prompts, "prompts")
         found = dict(piece for piece in self.stream(rows, tasks, sampling) if isinstance(piece[1], Completion))
         return [found[place] for place in range(len(rows))]  # type: ignore[misc]
 
@@ -187,7 +187,7 @@ class Engine:
         self, prompts: Iterable[Row], tasks: TaskNames, sampling: Sampling | Sequence[Sampling] | None = None
     ) -> Iterator[tuple[int, str | Completion]]:
         """As `generate`, while it is written: (row, text that came to it), and at last (row, its Completion)."""
-        rows = list(prompts)
+        rows = listed(prompts, "prompts")
         each = [sampling or Sampling()] * len(rows) if isinstance(sampling, Sampling | None) else list(sampling)
         if len(each) != len(rows):
             raise TaskError(f"sampling: {len(each)} for {len(rows)} rows; give one, or one a row")
@@ -242,8 +242,8 @@ class Engine:
         Without `completions` that of the row's own `label` or `completion`. Raises DataError for a row without one, or
         with one that is no label; TaskError as `predict`.
         """
-        rows = list(rows)
-        answers = [None] * len(rows) if completions is None else list(completions)
+        rows = listed(rows)
+        answers = [None] * len(rows) if completions is None else listed(completions, "completions")
         if len(answers) != len(rows):
             raise DataError(f"completions: {len(answers)} for {len(rows)} rows; give one a row")
         requests = []

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moecl.bank import fitting
 from moecl.data.derived import Derived
+from moecl.data.task import listed
 from moecl.discriminant import Calibration, Discriminant, Drawn, Moments, Whitener, calibrate, log_shares
 from moecl.errors import BaseError, StoreError
 from moecl.model import MoECL
@@ -176,8 +177,8 @@ class Router:
         return self.discriminant.tasks
 
     def route(self, texts: Sequence[str]) -> list[Route]:
-        """For each text its task, or None where its like has not been learned."""
-        return self.routes(self.features(texts))
+        """For each text its task, or None where its like has not been learned. Raises DataError for a text alone."""
+        return self.routes(self.features(listed(texts, "texts")))
 
     def routes(self, features: Floats32) -> list[Route]:
         """Of features [n, D]."""

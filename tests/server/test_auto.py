@@ -63,6 +63,14 @@ def test_what_auto_cannot_answer(server):
     assert (empty.status_code, empty.json()["error"]["param"]) == (400, "input")
 
 
+@pytest.mark.parametrize("row", ['{"text": "\\ud800 x"}', '{"text": "ok", "more": 1}, {"text": "\\ud800 x"}'])
+def test_half_a_surrogate_pair_is_no_text(server, row):
+    body = f'{{"model": "auto", "input": [{row}]}}'
+    answer = server.client.post("/v1/classify", content=body, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input")
+    assert "is not valid Unicode" in answer.json()["error"]["message"]
+
+
 def test_without_a_router_there_is_no_auto(tmp_path, tiny_folder, monkeypatch):
     monkeypatch.setattr(library.Router, "load", lambda model, store: None)
     with live(make_store(tmp_path, tiny_folder, "mood")) as server:

@@ -166,6 +166,13 @@ def plain_rows(lines: Iterable[str | bytes], source: str = "stdin") -> Iterator[
             yield place, line.rstrip("\r\n")
 
 
+def listed(rows: Iterable[Any], what: str = "rows") -> list[Any]:
+    """Raises `DataError` for one row alone, whose characters or fields would be taken for rows."""
+    if isinstance(rows, str | bytes | Mapping | Example):
+        raise DataError(f"{what}: {_show(rows)} is one alone; give a list")
+    return list(rows)
+
+
 def text_alone(row: Example, task: Task) -> str:
     """What a row's own task is to be told by: the fields that its instruction shows, or a dialogue's turns."""
     if row.messages is not None:
@@ -176,14 +183,17 @@ def text_alone(row: Example, task: Task) -> str:
 def text_of_any(row: str | Mapping[str, Any], tasks: Iterable[Task], where: str = "row") -> str:
     """The same of a row whose task is not known: the fields that instructions of `tasks` show, as far as it has them.
 
-    Raises `DataError` where it has none.
+    Raises `DataError` where it has none, and for what is not valid Unicode.
     """
     if isinstance(row, str):
+        _check_unicode(where, "text", row)
         return row
     names = dict.fromkeys(name for task in tasks for name in template(task.instruction).names)
-    found = [_text_form(row[name]) for name in names if _is_scalar(row.get(name))]
+    found = {name: _text_form(row[name]) for name in names if _is_scalar(row.get(name))}
+    for name, value in found.items():
+        _check_unicode(where, name, value)
     if found:
-        return "\n".join(found)
+        return "\n".join(found.values())
     if row.get("messages") is not None:
         return _spoken(_turns(where, row["messages"], answered=False)[0])
     raise DataError(f"{where}: the row has no field that a task reads; give {_listed(names)}, or messages")
