@@ -8,8 +8,9 @@ import torch
 from moecl.config import MoECLConfig, Task
 from moecl.data.encode import Encoder
 from moecl.data.task import example
-from moecl.engine import Engine, Trie
+from moecl.engine import Engine, Entry, Trie
 from moecl.errors import BaseError, DataError, TaskError
+from moecl.generation import Sampling
 from moecl.model import MoECL
 from tiny import EOS, tiny_model, tiny_tokenizer
 
@@ -300,3 +301,26 @@ def test_a_long_prompt_leaves_room_for_the_answer():
     rows = [example("sad " * 100, task)]
     assert len(found.prompts(task, rows, max_new_tokens=10)[0].input_ids) == 54
     assert len(found.prompts(task, rows, max_new_tokens=1000)[0].input_ids) == 48
+
+
+def test_no_more_of_a_prompt_is_cut_than_an_answer_needs():
+    found = engine("write")
+    task = tasks("write")[0].model_copy(update={"max_length": 144})  # of 256 that the base has
+    assert [len(found.prompts(task, [example("sad " * n, task)])[0].input_ids) for n in (111, 150)] == [112, 112]
+    assert len(found.prompts(task, [example("sad " * 150, task)], max_new_tokens=1)[0].input_ids) == 143
+    assert len(found.prompts(task, [example("sad " * 150, task)], max_new_tokens=120)[0].input_ids) == 112
+    longer = task.model_copy(update={"max_length": 200})  # an answer as long as that needs more than the 56 behind it
+    assert len(found.prompts(longer, [example("sad " * 250, longer)])[0].input_ids) == 150
+
+
+def test_a_text_is_as_long_as_its_task_allows():
+    found = engine("write")
+    short = tasks("write")[0].model_copy(update={"max_length": 100})
+    found = found.over({**found.bank, "write": Entry(short, found.bank["write"].parts)})
+    bias = torch.zeros(found.model.base.config.vocab_size)
+    bias[EOS] = -1e4
+    found.model.base.lm_head.register_forward_hook(lambda module, args, out: out + bias)
+    [whole] = found.predict(["x"], "write")
+    [expected] = found.generate(["x"], "write", Sampling(max_new_tokens=100))
+    assert (expected.tokens, expected.text) == (100, whole.label)
+    assert found.predict(["x"], "write", 5)[0].label == found.generate(["x"], "write", Sampling(5))[0].text

@@ -18,6 +18,7 @@ from moecl.cli_options import (
     AsJson,
     Device,
     ExpertMemory,
+    MaxTokens,
     Overrides,
     Run,
     RunOrStore,
@@ -230,6 +231,7 @@ def predict(
         typer.Option("--task", metavar="NAME", help="The task that answers: NAME, NAME@VERSION or NAME@ALIAS."),
     ] = None,
     thresholds: ThresholdsFile = None,
+    max_tokens: MaxTokens = None,
     device: Device = "auto",
     expert_memory: ExpertMemory = "2GB",
 ) -> None:
@@ -246,7 +248,7 @@ def predict(
     with quietly():
         from moecl.using import answers
 
-        for found in answers(run, file, task, device, expert_memory, thresholds):
+        for found in answers(run, file, task, device, expert_memory, thresholds, max_tokens):
             print("\n".join(json.dumps(one, ensure_ascii=False) for one in found), flush=True)
 
 

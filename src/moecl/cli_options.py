@@ -6,11 +6,18 @@ from typing import Annotated
 import typer
 
 from moecl._sizes import parse_size
+from moecl.errors import ConfigError
 
 
 def a_size(size: str) -> str:
     parse_size(size, "--expert-memory")
     return size
+
+
+def some_tokens(tokens: int | None) -> int | None:
+    if tokens is not None and tokens < 1:
+        raise ConfigError(f"--max-tokens: {tokens} is out of range; give 1 or more tokens")
+    return tokens
 
 
 _RUN = typer.Argument(metavar="RUN", help="A run folder.")
@@ -32,6 +39,15 @@ ExpertMemory = Annotated[
         metavar="SIZE",
         callback=a_size,
         help="Memory for experts of learned tasks, such as 512MB; others are read from disk when used.",
+    ),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens",
+        metavar="N",
+        callback=some_tokens,
+        help="The longest text that a generation task writes; default its max_length.",
     ),
 ]
 ThresholdsFile = Annotated[

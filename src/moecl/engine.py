@@ -35,7 +35,7 @@ __all__ = ["Engine", "Entry", "GateUse", "Prediction", "Request", "Trie"]
 BATCH_TOKENS = 4096  # padding included, where nothing else was resolved
 MAX_ROWS = 128
 MAX_LENGTH = 512
-MAX_NEW_TOKENS = 64
+ANSWER_ROOM = 32  # tokens kept free for an answer; what is longer is written beyond max_length
 
 
 class GateUse:
@@ -116,27 +116,32 @@ class Engine:
             self._tries[encoder] = Trie(encoder)
         return self._tries[encoder]
 
-    def prompts(self, task: Task, examples: Sequence[Example], max_new_tokens: int = MAX_NEW_TOKENS) -> list[Encoded]:
-        """Rows without their answers; a text to be written keeps room, a quarter of `max_length` at most."""
-        return self.encoder(task).encode(examples, answers=False, reserve=self.reserve(task, max_new_tokens))
+    def prompts(self, task: Task, examples: Sequence[Example], max_new_tokens: int | None = None) -> list[Encoded]:
+        """Rows without answers, which a text keeps ANSWER_ROOM for; more only where the base ends at `max_length`."""
+        limit = self.encoder(task).max_length
+        most = limit if max_new_tokens is None else max_new_tokens
+        room = min(most, max(ANSWER_ROOM, limit + most - self.positions))
+        return self.encoder(task).encode(examples, answers=False, reserve=self.reserve(task, room))
 
-    def reserve(self, task: Task, max_new_tokens: int) -> int:
-        return min(max_new_tokens, self.encoder(task).max_length // 4)
+    def reserve(self, task: Task, answer: int) -> int:
+        """Tokens that are kept free for an answer of so many: a quarter of `max_length` at most."""
+        return min(answer, self.encoder(task).max_length // 4)
 
-    def predict(
-        self,
-        rows: Iterable[Row],
-        tasks: TaskNames,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-    ) -> list[Prediction]:
+    @property
+    def positions(self) -> int:
+        """Tokens that the base can have, the answer's too."""
+        return getattr(self.model.base.config, "max_position_embeddings", None) or sys.maxsize
+
+    def predict(self, rows: Iterable[Row], tasks: TaskNames, max_new_tokens: int | None = None) -> list[Prediction]:
         """Answers in the order of `rows` (texts, or mappings with the row's fields); one task, or one a row.
 
-        Raises TaskError for an unknown task, DataError for a row that lacks a field.
+        A text that is written has at most `max_new_tokens`, by default its task's `max_length`. Raises TaskError for an
+        unknown task, DataError for a row that lacks a field.
         """
         requests = self.requests(rows, tasks, max_new_tokens)
         return self.answer(requests, max_new_tokens)
 
-    def requests(self, rows: Iterable[Row], tasks: TaskNames, max_new_tokens: int = MAX_NEW_TOKENS) -> list[Request]:
+    def requests(self, rows: Iterable[Row], tasks: TaskNames, max_new_tokens: int | None = None) -> list[Request]:
         """Rows encoded, as `answer` and `write` take them. Raises as `predict`."""
         rows = listed(rows)
         names = names_of(tasks, len(rows))
@@ -149,7 +154,7 @@ class Engine:
             found |= {place: Request(entry, encoder, row) for place, row in zip(own, encoded, strict=True)}
         return [found[place] for place in range(len(rows))]
 
-    def answer(self, requests: Sequence[Request], max_new_tokens: int = MAX_NEW_TOKENS) -> list[Prediction]:
+    def answer(self, requests: Sequence[Request], max_new_tokens: int | None = None) -> list[Prediction]:
         """Predictions in the order of `requests`. Batches are formed by length, among rows that are read alike."""
         kinds: dict[Any, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
@@ -211,8 +216,7 @@ class Engine:
         task = request.entry.task
         if task.kind != "generation":
             raise TaskError(f"task {task.name!r} answers with a label and writes no text; use predict")
-        positions = getattr(self.model.base.config, "max_position_embeddings", None) or sys.maxsize
-        return Writing(request, sampling, self.tokenizer, positions - len(request.row.input_ids))
+        return Writing(request, sampling, self.tokenizer, self.positions - len(request.row.input_ids))
 
     def decoder(self, kv: KVPrefixes | None = None) -> Decoder:
         return Decoder(self.model, self.pad_id, self.batch_tokens, MAX_ROWS, self.kv if kv is None else kv)
@@ -287,13 +291,13 @@ class Engine:
             return ("word",)
         return "words", len(self.trie(request.encoder).paths)
 
-    def _size(self, kind: str, request: Request, max_new_tokens: int) -> int:
+    def _size(self, kind: str, request: Request, max_new_tokens: int | None) -> int:
         """Tokens that a row comes to in its batch, with all that follows its prompt."""
         length = len(request.row.input_ids)
         if kind == "words":
             paths = self.trie(request.encoder).paths
             return len(paths) * (length + max(map(len, paths)))
-        return length + (max_new_tokens if kind == "text" else 0)
+        return length + (written(request, max_new_tokens) if kind == "text" else 0)
 
     # One batch, by the way its answers are read
 
@@ -367,8 +371,8 @@ class Engine:
             found += [one[: len(path)].log_softmax(-1) for one, path in zip(logits, paths, strict=True)]
         return found
 
-    def _write(self, batch: Sequence[Request], max_new_tokens: int) -> list[Prediction]:
-        found = self.write(batch, [Sampling(max_new_tokens)] * len(batch))
+    def _write(self, batch: Sequence[Request], max_new_tokens: int | None) -> list[Prediction]:
+        found = self.write(batch, [Sampling(written(request, max_new_tokens)) for request in batch])
         return [Prediction(one.task, one.text, {}) for one in found]
 
     @property
@@ -390,6 +394,11 @@ class Engine:
             yield
         if self.gates is not None:
             self.gates.add(call)
+
+
+def written(request: Request, max_new_tokens: int | None) -> int:
+    """Tokens that a text may have: a longer answer than `max_length` was never learned."""
+    return request.encoder.max_length if max_new_tokens is None else max_new_tokens
 
 
 def choose(request: Request, scores: Tensor) -> Prediction:

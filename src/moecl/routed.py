@@ -30,13 +30,18 @@ class Routed:
     shares: dict[str, float]
 
 
-def predict(engine: Engine, router: Router, rows: Sequence[tuple[str, str | Mapping[str, Any]]]) -> list[Routed]:
+def predict(
+    engine: Engine,
+    router: Router,
+    rows: Sequence[tuple[str, str | Mapping[str, Any]]],
+    max_new_tokens: int | None = None,
+) -> list[Routed]:
     """rows: (where it is from, a text or a row's fields). Raises DataError for a row that its task cannot read."""
     tasks = [engine.bank[name].task for name in router.tasks]
     routes = router.route([text_of_any(row, tasks, where) for where, row in rows])
     named = [(route.task, where, row) for route, (where, row) in zip(routes, rows, strict=True) if route.task]
     examples = [example(row, engine.bank[name].task, where) for name, where, row in named]
-    answers = iter(engine.predict(examples, [name for name, _, _ in named]))
+    answers = iter(engine.predict(examples, [name for name, _, _ in named], max_new_tokens))
     return [Routed(route.task, next(answers) if route.task else None, route.shares) for route in routes]
 
 

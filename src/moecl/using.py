@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moecl._sizes import EXPERT_MEMORY
 from moecl.config import AUTO
 from moecl.errors import AssetError, BaseError, DataError, MoECLError, RunError, StoreError, TaskError
-from moecl.review import TaskThresholds, Thresholds, decide, rounded
+from moecl.review import REVIEW, TaskThresholds, Thresholds, decide, rounded
 from moecl.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -79,7 +79,13 @@ def not_as_tested(run: Path, result: "Result | None" = None) -> dict[str, str]:
 
 
 def answers(
-    run: Path, file: Path | None, task: str | None, device: str, expert_memory: str, thresholds: Path | None = None
+    run: Path,
+    file: Path | None,
+    task: str | None,
+    device: str,
+    expert_memory: str,
+    thresholds: Path | None = None,
+    max_tokens: int | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Labels and scores of the rows of a file or of standard input, in order, some rows at a time.
 
@@ -88,7 +94,7 @@ def answers(
     """
     store = open_store(run)
     if task == AUTO:
-        yield from routed_answers(store, file, device, expert_memory, thresholds)
+        yield from routed_answers(store, file, device, expert_memory, thresholds, max_tokens)
         return
     asked = task or only_task(store)
     record = store.record(asked)
@@ -107,7 +113,7 @@ def answers(
         engine = Engine(load(store, device, expert_memory))
         rows = rows_from_lines(chain([first], lines), record.task, "stdin" if file is None else str(file))
         for chunk in chunks(rows, 1 if file is None and sys.stdin.isatty() else STEP):
-            found = engine.predict(chunk, asked)
+            found = engine.predict(chunk, asked, max_tokens)
             yield [answer(one, record, row.label, levels) for one, row in zip(found, chunk, strict=True)]
 
 
@@ -130,11 +136,16 @@ def served_levels(store: "Store", path: Path) -> dict[str, TaskThresholds]:
 
 
 def routed_answers(
-    store: "Store", file: Path | None, device: str, expert_memory: str, thresholds: Path | None
+    store: "Store",
+    file: Path | None,
+    device: str,
+    expert_memory: str,
+    thresholds: Path | None,
+    max_tokens: int | None,
 ) -> Iterator[list[dict[str, Any]]]:
     """The same where nobody says which task: lines also have the task that answered, and each task's probability."""
     records = {one.name: one for one in store.tasks()}
-    levels = {} if thresholds is None else levels_of(records.values(), thresholds)
+    levels = None if thresholds is None else levels_of(records.values(), thresholds)
     with lines_of(file) as lines:
         first = next(lines, None)
         if first is None:
@@ -148,20 +159,22 @@ def routed_answers(
         rows = plain_rows(chain([first], lines), "stdin" if file is None else str(file))
         for chunk in chunks(rows, 1 if file is None and sys.stdin.isatty() else STEP):
             yield [
-                routed_answer(one, records, true_label(row, engine, one.task), levels.get(one.task or ""))
-                for one, (_, row) in zip(predict(engine, router, chunk), chunk, strict=True)
+                routed_answer(one, records, true_label(row, engine, one.task), levels)
+                for one, (_, row) in zip(predict(engine, router, chunk, max_tokens), chunk, strict=True)
             ]
 
 
 def routed_answer(
-    found: "Routed", records: Mapping[str, "TaskRecord"], true: str | None, levels: TaskThresholds | None
+    found: "Routed", records: Mapping[str, "TaskRecord"], true: str | None, levels: Mapping[str, TaskThresholds] | None
 ) -> dict[str, Any]:
-    """A line of `moecl predict --task auto`; a row of no task is left to a human where there are thresholds."""
-    route = {task: rounded(share) for task, share in found.shares.items()}
-    if found.prediction is None:
-        return {"label": None, "scores": {}, "task": None, "version": None, "route": route}
-    assert found.task is not None
-    return {**answer(found.prediction, records[found.task], true, levels), "route": route}
+    """A line of `moecl predict --task auto`; with thresholds what they do not decide is left to a human."""
+    if found.task is None or found.prediction is None:
+        line: dict[str, Any] = {"label": None, "scores": {}, "task": None, "version": None}
+    else:
+        line = answer(found.prediction, records[found.task], true, (levels or {}).get(found.task))
+    if levels is not None:
+        line.setdefault("decision", REVIEW)
+    return {**line, "route": {task: rounded(share) for task, share in found.shares.items()}}
 
 
 def true_label(row: str | Mapping[str, Any], engine: "Engine", task: str | None) -> str | None:

@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from live import TASKS, Live, live, make_store
+from moecl.config import Task
 from moecl.engine import Engine
 from moecl.generation import Sampling
 from moecl.model import MoECL
@@ -105,6 +106,18 @@ def test_completions(client, engine):
         assert {len(top) for top in choice.logprobs.top_logprobs} <= {1, 2}, "two tokens may read alike"
     label = client.completions.create(model="mood", prompt=TEXTS[0]).choices[0].text
     assert label == engine.predict(TEXTS[:1], "mood")[0].label
+
+
+def test_a_prompt_is_cut_no_more_than_its_answer_needs(tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.setitem(TASKS, "short", Task(name="short", kind="generation", max_length=144))
+    with live(make_store(tmp_path, tiny_folder, "short")) as server:
+        read = [
+            server.post("/v1/completions", model="short", prompt="sad " * times, **more).json()["usage"][
+                "prompt_tokens"
+            ]
+            for times, more in ((111, {}), (111, {"max_tokens": 60}), (150, {}), (150, {"max_tokens": 1}))
+        ]
+    assert read == [112, 112, 112, 143]
 
 
 def test_seeds_and_temperature(client):
