@@ -57,8 +57,51 @@ def test_openais_routes_find_the_task_too(server):
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "no_task")
 
 
+def test_a_completion_is_of_one_task(server):
+    both = server.post("/v1/completions", model="auto", prompt=["tell all", "tell me"], max_tokens=3).json()
+    assert (both["model"], len(both["choices"])) == ("write", 2)
+    mixed = server.post("/v1/completions", model="auto", prompt=["so happy", "tell all"]).json()["error"]
+    assert (mixed["param"], mixed["code"]) == ("model", "several_tasks")
+    assert "several tasks (mood, write)" in mixed["message"]
+    unknown = server.post("/v1/completions", model="auto", prompt=["tell all", "what"]).json()["error"]
+    assert (unknown["code"], "for text 2;" in unknown["message"]) == ("no_task", True)
+
+
+def test_a_text_for_a_task_that_writes_has_no_label(server):
+    texts = ["so happy", "tell me", "what"]
+    label, written, unknown = server.classify("auto", texts, gates=True)
+    assert label == server.classify("auto", texts[:1], gates=True)[0]
+    assert (written["label"], written["scores"], written["task"], written["version"]) == (None, {}, "write", 1)
+    assert (written["index"], written["tasks"]) == (1, {"mood": 0.2, "write": 0.8})
+    assert unknown["task"] is None
+    [alone] = server.classify("auto", ["tell me"])
+    assert alone == {**written, "index": 0}
+
+
+def test_faults_are_told_by_the_rows_own_place(server, monkeypatch):
+    router = server.service.library.now.router
+    monkeypatch.setattr(router, "route", lambda texts: [Route(text if text == "mood" else None, {}) for text in texts])
+    rows = ["what", "what", {"text": "mood"}, {"title": "no", "label": "x"}]
+    refused = server.post("/v1/classify", model="auto", input=[*rows[:2], {"prompt": "mood"}]).json()["error"]
+    assert refused["message"].startswith("row 3: text: the row has no such field")
+    refused = server.post("/v1/classify", model="auto", input=rows).json()["error"]
+    assert refused["message"].startswith("row 4: the row has no field")
+
+
+def test_what_is_wrong_is_named_as_the_request_has_it(server):
+    for path, wish in (
+        ("classify", {"input": ["happy", " "]}),
+        ("completions", {"prompt": ["happy", " "]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": " "}]}),
+    ):
+        answer = server.post(f"/v1/{path}", model="auto", **wish)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, next(iter(wish)))
+        assert ": the text is empty" in answer.json()["error"]["message"]
+    many = server.post("/v1/completions", model="auto", prompt=["tell"] * 257).json()["error"]
+    assert (many["param"], many["message"]) == ("prompt", "257 texts, at most 256 can be asked at once; send fewer")
+
+
 def test_what_auto_cannot_answer(server):
-    assert server.post("/v1/classify", model="auto", input=["tell me"]).status_code == 400, "it writes text"
     empty = server.post("/v1/classify", model="auto", input=[{"title": "x"}])
     assert (empty.status_code, empty.json()["error"]["param"]) == (400, "input")
 

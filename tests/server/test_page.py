@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
-from live import live
-from moecl.config import load_stream
+from live import TASKS, live, make_store
+from moecl.config import Task, load_stream
 from moecl.train import ContinualTrainer
 from tiny_stream import write_stream
 
@@ -49,6 +49,23 @@ def page(request, browser, url, width) -> Iterator[Page]:
     yield found
     context.close()
     assert faults == []
+
+
+def test_a_task_of_two_fields_that_writes(browser, tmp_path, tiny_folder, monkeypatch):
+    both = Task(name="both", kind="generation", instruction="{title}: {text}", max_length=40)
+    monkeypatch.setitem(TASKS, "both", both)
+    with live(make_store(tmp_path, tiny_folder, "both")) as server, browser.new_context() as context:
+        page = context.new_page()
+        page.goto(server.url)
+        page.fill("#field-title", "News")
+        page.fill("#field-text", "a great movie")
+        page.evaluate("run.tasks[0].expert = 'an older version'")
+        page.click("#go")
+        page.wait_for_selector("#answer .who")
+        told = server.post("/v1/completions", model="both", prompt=[{"title": "News", "text": "a great movie"}]).json()
+        digest = told["system_fingerprint"].rpartition("-")[2]
+        assert page.inner_text("#answer .who") == f"Answered by both, version 1, expert {digest}"
+        assert page.inner_text("#answer .note") == f"{told['usage']['completion_tokens']} tokens"
 
 
 def contrast(page: Page, what: str) -> float:

@@ -108,16 +108,36 @@ def test_completions(client, engine):
     assert label == engine.predict(TEXTS[:1], "mood")[0].label
 
 
+def test_prompts_of_several_fields(tmp_path, tiny_folder, monkeypatch):
+    both = Task(name="both", kind="generation", instruction="{title}: {text}\nIn short:")
+    monkeypatch.setitem(TASKS, "both", both)
+    row = {"title": "News", "text": "a great movie"}
+    with live(make_store(tmp_path, tiny_folder, "both two")) as server:
+        engine = server.service.library.engine
+        [expected] = engine.generate([row], "both", Sampling(max_new_tokens=5))
+        asked = {"model": "both", "prompt": [row], "max_tokens": 5}
+        assert server.post("/v1/completions", **asked).json()["choices"][0]["text"] == expected.text
+        with server.client.stream("POST", "/v1/completions", json={**asked, "stream": True}) as answer:
+            events = [json.loads(line[6:]) for line in answer.iter_lines() if line and not line.endswith("[DONE]")]
+        assert "".join(one["choices"][0]["text"] for one in events) == expected.text
+        label = server.post("/v1/completions", model="two", prompt=[row]).json()["choices"][0]["text"]
+        assert label == engine.predict([row], "two")[0].label
+        for path, wish in (("completions", {"prompt": "x"}), ("chat/completions", {"messages": user("x")})):
+            refused = server.post(f"/v1/{path}", model="both", **wish)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, next(iter(wish)))
+            assert "fills one field" in refused.json()["error"]["message"]
+        alone = server.post("/v1/completions", model="both", prompt=row).json()["error"]
+        assert (alone["param"], "objects go into a list" in alone["message"]) == ("prompt", True)
+
+
 def test_a_prompt_is_cut_no_more_than_its_answer_needs(tmp_path, tiny_folder, monkeypatch):
     monkeypatch.setitem(TASKS, "short", Task(name="short", kind="generation", max_length=144))
     with live(make_store(tmp_path, tiny_folder, "short")) as server:
         read = [
-            server.post("/v1/completions", model="short", prompt="sad " * times, **more).json()["usage"][
-                "prompt_tokens"
-            ]
+            server.post("/v1/completions", model="short", prompt="sad " * times, **more).json()["usage"]
             for times, more in ((111, {}), (111, {"max_tokens": 60}), (150, {}), (150, {"max_tokens": 1}))
         ]
-    assert read == [112, 112, 112, 143]
+    assert [usage["prompt_tokens"] for usage in read] == [112, 112, 112, 143]
 
 
 def test_seeds_and_temperature(client):
@@ -210,7 +230,8 @@ def test_rows_of_several_fields(server, engine):
     row = {"title": "News", "text": "a great movie"}
     assert server.classify("two", [row])[0]["label"] == engine.predict([row], "two")[0].label
     answer = server.post("/v1/classify", model="two", input=["plain"])
-    assert (answer.status_code, "fills one field" in answer.json()["error"]["message"]) == (400, True)
+    said = 'row 1: a plain text fills one field; give all that the task reads as JSON: {"title": ..., "text": ...}'
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, said)
 
 
 def test_the_gates_of_a_row(server, engine):

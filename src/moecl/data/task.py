@@ -246,10 +246,11 @@ def _is_object(line: str) -> bool:
 
 
 def _plain_row(line: str, place: str, task: Task) -> dict[str, Any]:
-    names = set(template(task.instruction).names)
-    if len(names) > 1:
-        raise DataError(f"{place}: a plain line fills one field, not {_listed(sorted(names))}; give JSONL rows")
-    return {names.pop(): line}
+    first, *more = dict.fromkeys(template(task.instruction).names)
+    if more:
+        fields = ", ".join(f'"{name}": ...' for name in (first, *more))
+        raise DataError(f"{place}: a plain text fills one field; give all that the task reads as JSON: {{{fields}}}")
+    return {first: line}
 
 
 def _example(where: str, row: Mapping[str, Any], task: Task, *, answered: bool) -> Example:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Finish = Literal["stop", "length"]
 Name = Annotated[str, Field(min_length=1, max_length=200, description="a task's name, or auto")]
 Text = Annotated[str, Field(max_length=1 << 20)]
+Fields = dict[str, str | int | float | bool]  # of a row, as the instruction names them
 
 
 class Asked(BaseModel):
@@ -74,7 +75,9 @@ class ChatWish(Wish):
 
 
 class CompletionWish(Wish):
-    prompt: Text | Annotated[list[Text], Field(min_length=1)]
+    prompt: Text | Annotated[list[Text | Fields], Field(min_length=1)] = Field(
+        description="a text, several, or (not OpenAI's) objects with the fields that the task's instruction names"
+    )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
@@ -83,7 +86,7 @@ class CompletionWish(Wish):
 
 class ClassifyWish(Asked):
     model: Name
-    input: Text | Annotated[list[Text | dict[str, str | int | float | bool]], Field(min_length=1)] = Field(
+    input: Text | Annotated[list[Text | Fields], Field(min_length=1)] = Field(
         description="a text, several, or objects with the fields that the task's instruction names"
     )
     gates: bool = Field(default=False, description="tell the task expert's mean weight by layer; a row at a time")
@@ -178,7 +181,7 @@ class TextCompletion(Completed):
 
 class Classified(Said):
     index: int
-    label: str | None = Field(description="null where auto knows no task for the text")
+    label: str | None = Field(description="null where auto knows no task for the text, or one that writes")
     scores: dict[str, float] = Field(description="the labels' shares of the probability")
     decision: str | None = Field(default=None, description="the label, or review; null without a thresholds file")
     task: str | None

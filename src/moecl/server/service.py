@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from moecl.config import AUTO
-from moecl.data.task import template, text_of_any
+from moecl.data.task import Example, template, text_of_any
 from moecl.engine import MAX_LENGTH
 from moecl.errors import DataError, StoreError
 from moecl.generation import Completion, Piece, Sampling
-from moecl.request import Prediction, Request
+from moecl.request import Prediction, Request, as_example
 from moecl.review import REVIEW, decide, rounded
 from moecl.server.library import Library, Snapshot, expert
 from moecl.server.metrics import Metrics
@@ -27,7 +27,7 @@ from moecl.store import TaskRecord
 log = logging.getLogger("moecl.server")
 Row = str | Mapping[str, Any]
 Found = TypeVar("Found")
-Asked = str | Sequence[Message]  # a prompt, or a chat
+Asked = Row | Sequence[Message]  # a prompt, or a chat
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ class Service:
 
     @contextmanager
     def _room(self, rows: int) -> Iterator[None]:
-        """Count rows under way. Raises ApiError where there are too many."""
+        """Count rows under way. Raises DataError where they are too many for ever, ApiError where for now."""
         most = self.settings.queue
         if rows > most:
-            raise ApiError(400, f"input: {rows} texts, at most {most} can be asked at once", param="input")
+            raise DataError(f"{rows} texts, at most {most} can be asked at once; send fewer")
         if self.rows + rows > most:
             after = self.worker.retry_after(self.rows)
             raise ApiError(429, "too many rows under way; ask again later", code="overloaded", retry_after=after)
@@ -128,12 +128,12 @@ class Service:
     ) -> tuple[list[Classified], int]:
         names, shares = await self._names(now, model, rows)
         records = [None if name is None else self._record(now, name) for name in names]
-        for record in filter(None, records):
-            if record.task.kind != "classification":
-                raise ApiError(400, f"model: {record.name!r} writes text; ask /v1/completions", param="model")
-        places = [place for place, record in enumerate(records) if record is not None]
-        requests = await self._encoded(now, [rows[place] for place in places], [str(names[place]) for place in places])
-        answers = dict(zip(places, await self._read(requests, gates), strict=True))
+        read = {place: one for place, one in enumerate(records) if one is not None and one.task.kind != "generation"}
+        if model != AUTO and not read:
+            raise ApiError(400, f"model: {model!r} writes text; ask /v1/completions", param="model")
+        examples = [as_example(rows[place], one.task, f"row {place + 1}") for place, one in read.items()]
+        requests = await self._encoded(now, examples, [str(names[place]) for place in read])
+        answers = dict(zip(read, await self._read(requests, gates), strict=True))
         data = []
         for place, one in enumerate(records):
             found, use = answers.get(place, (None, None))
@@ -149,18 +149,14 @@ class Service:
                 one.job.cancelled = True
 
     async def _begin(self, now: Snapshot, model: str, rows: Sequence[Asked], sampling: Sampling) -> list[Begun]:
-        texts = [row if isinstance(row, str) else last_of_user(row) for row in rows]
-        names = [name for name in (await self._names(now, model, texts))[0] if name is not None]
-        if len(names) < len(rows):
-            raise ApiError(400, "auto: no task is known for this text; name one", param="model", code="no_task")
-        records = [self._record(now, name) for name in names]
-        room = max(one.task.max_length or MAX_LENGTH for one in records)  # a longer answer was never learned
+        texts = [row if isinstance(row, str | Mapping) else last_of_user(row) for row in rows]
+        name = only_task((await self._names(now, model, texts))[0])
+        record = self._record(now, name)
+        room = record.task.max_length or MAX_LENGTH  # a longer answer was never learned
         how = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-        asked = [as_row(*pair) for pair in zip(records, rows, strict=True)]
-        requests = await self._encoded(now, asked, names, how.max_new_tokens)
+        asked, writes = [as_row(record, row) for row in rows], record.task.kind == "generation"
         begun = []
-        for record, request in zip(records, requests, strict=True):
-            writes = record.task.kind == "generation"
+        for request in await self._encoded(now, asked, [name] * len(rows), how.max_new_tokens):
             job = Text(now.engine.writing(request, how)) if writes else Reading([request], gates=False)
             begun.append(Begun(record, request, job))
         for one in begun:
@@ -188,12 +184,10 @@ class Service:
         if now.router is None:
             raise ApiError(404, "model: auto needs a router, which this store has not; name a task", param="model")
         tasks = [record.task for record in now.store.tasks()]
-        try:
-            texts = [text_of_any(row, tasks, f"input {place + 1}") for place, row in enumerate(rows)]
-        except DataError as error:
-            raise from_ours(error, "input") from error
-        if not all(text.strip() for text in texts):
-            raise ApiError(400, "input: auto reads texts that are not empty", param="input")
+        texts = [text_of_any(row, tasks, f"row {place + 1}") for place, row in enumerate(rows)]
+        for place, text in enumerate(texts):
+            if not text.strip():
+                raise DataError(f"row {place + 1}: the text is empty, and auto cannot tell its task; fill it in")
         routes = await self._done(Routing(now.router.route, texts))
         return [route.task for route in routes], [dict(route.shares) for route in routes]
 
@@ -204,7 +198,7 @@ class Service:
             raise from_ours(error) from error
 
     async def _encoded(
-        self, now: Snapshot, rows: Sequence[Row], names: Sequence[str], max_new_tokens: int = 1
+        self, now: Snapshot, rows: Sequence[Row | Example], names: Sequence[str], max_new_tokens: int = 1
     ) -> list[Request]:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._encoding, now.engine.requests, rows, names, max_new_tokens)
@@ -258,10 +252,11 @@ def classified(
 ) -> Classified:
     undecided = None if now.levels is None else REVIEW
     shares = None if tasks is None else {name: rounded(share) for name, share in tasks.items()}
+    who: dict[str, Any] = {"task": None, "version": None, "expert": None}
+    if record is not None:
+        who = {"task": record.name, "version": record.version, "expert": expert(record)}
     if record is None or found is None:
-        return Classified(
-            index=index, label=None, scores={}, decision=undecided, task=None, version=None, expert=None, tasks=shares
-        )
+        return Classified(index=index, label=None, scores={}, decision=undecided, tasks=shares, **who)
     scores = {label: rounded(share) for label, share in found.scores.items()}
     levels = (now.levels or {}).get(record.reference)
     return Classified(
@@ -269,12 +264,23 @@ def classified(
         label=found.label,
         scores=scores,
         decision=undecided if levels is None else decide(levels, found.label, scores),
-        task=record.name,
-        version=record.version,
-        expert=expert(record),
+        **who,
         tasks=shares,
         gates=None if use is None else {str(layer): rounded(share) for layer, share in use.items()},
     )
+
+
+def only_task(names: Sequence[str | None]) -> str:
+    """The task of all rows: what is written has one model. Raises ApiError."""
+    for place, name in enumerate(names):
+        if name is None:
+            said = f"auto: no task is known for text {place + 1}; name one"
+            raise ApiError(400, said, param="model", code="no_task")
+    found = dict.fromkeys(name for name in names if name is not None)
+    if len(found) > 1:
+        said = f"auto: the prompts are for several tasks ({', '.join(found)}); ask one by one, or name a task"
+        raise ApiError(400, said, param="model", code="several_tasks")
+    return next(iter(found))
 
 
 def last_of_user(messages: Sequence[Message]) -> str:
@@ -287,9 +293,12 @@ def last_of_user(messages: Sequence[Message]) -> str:
 
 def as_row(record: TaskRecord, asked: Asked) -> Row:
     """A chat as a row of the task: the whole of it where the task has no instruction of its own, else what is asked."""
-    if isinstance(asked, str):
+    if isinstance(asked, str | Mapping):
         return asked
-    task = record.task
+    task, names = record.task, dict.fromkeys(template(record.task.instruction).names)
+    if len(names) > 1:
+        said = f"messages: a chat fills one field, not {', '.join(names)}; give objects as prompt to /v1/completions"
+        raise ApiError(400, said, param="messages")
     whole = task.kind == "generation" and template(task.instruction).literals == ("", "")
     if not whole:
         return last_of_user(asked)

@@ -62,7 +62,8 @@ function who(task, version, expert) {
 function classified(found) {
   const parts = [];
   if (found.label === null) {
-    parts.push(make("p", { className: "label" }, "No task is known for this text"));
+    const none = found.task === null ? "No task is known for this text" : `${found.task} writes texts: choose it above`;
+    parts.push(make("p", { className: "label" }, none));
   } else {
     parts.push(make("p", { className: "label" }, found.label));
     if (found.decision !== null) {
@@ -82,10 +83,9 @@ function classified(found) {
 }
 
 function written(found) {
-  const [, name, version] = found.system_fingerprint.match(/^(.*)-v(\d+)-[0-9a-f]+$/);
-  const task = run.tasks.find((one) => one.name === name);
+  const [, name, version, expert] = found.system_fingerprint.match(/^(.*)-v(\d+)-([0-9a-f]+)$/);
   const text = found.choices[0].text;
-  return [make("p", { className: "label" }, text || "(an empty text)"), who(name, version, task ? task.expert : ""),
+  return [make("p", { className: "label" }, text || "(an empty text)"), who(name, version, expert),
     make("p", { className: "note" }, `${found.usage.completion_tokens} tokens`)];
 }
 
@@ -105,7 +105,7 @@ async function answer(event) {
   find("go").disabled = true;
   try {
     const parts = task && task.kind === "generation"
-      ? written(await ask("v1/completions", { model, prompt: asked(task) }))
+      ? written(await ask("v1/completions", { model, prompt: [asked(task)] }))
       : classified((await ask("v1/classify", { model, input: [asked(task)], gates: true })).data[0]);
     find("answer").replaceChildren(...parts);
   } catch (error) {
