@@ -18,6 +18,7 @@ from moecl.request import Prediction, Request, as_example
 from moecl.review import REVIEW, decide, rounded
 from moecl.server.library import Library, Snapshot, expert
 from moecl.server.metrics import Metrics
+from moecl.server.pieces import Pieces
 from moecl.server.problems import ApiError, from_ours
 from moecl.server.queue import Answer, Reading, Routing, Text, Worker
 from moecl.server.schema import Classified, Message
@@ -60,6 +61,7 @@ class Service:
         self.rows = 0  # under way
         self._encoding = ThreadPoolExecutor(1, "encode")  # one: a tokenizer is not for several threads at once
         self._looking = asyncio.Lock()
+        self._pieces = Pieces(library.engine.tokenizer)
         metrics.tasks.set(len(library.now.store.tasks()))
 
     # What a request is
@@ -118,8 +120,8 @@ class Service:
             log.info("asked again", extra={"fields": {"reason": str(error)}})
             return await ask(self.library.now)
 
-    def decode(self, token: int) -> str:
-        return str(self.library.engine.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    def decode(self, token: int) -> tuple[str, bytes]:
+        return self._pieces(token)
 
     # By one version
 

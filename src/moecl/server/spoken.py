@@ -1,5 +1,6 @@
 """Answers as OpenAI's objects: whole, and as server-sent events."""
 
+import codecs
 import json
 import secrets
 import time
@@ -23,7 +24,7 @@ from moecl.server.schema import (
 from moecl.server.service import Written, logprob
 from moecl.store import TaskRecord
 
-Decode = Callable[[int], str]
+Decode = Callable[[int], tuple[str, bytes]]
 DONE = b"data: [DONE]\n\n"
 
 
@@ -52,7 +53,7 @@ def finish(answer: Written) -> Any:
 
 
 def chat(answer: Written, decode: Decode, top: int | None) -> Chat:
-    logprobs = None if top is None else ChatLogprobs(content=told(answer, decode, top))
+    logprobs = None if top is None else ChatLogprobs(content=answer_logprobs(answer, decode, top))
     choice = ChatChoice(message=ChatMessage(content=answer.text), logprobs=logprobs, finish_reason=finish(answer))
     return Chat(**head("chat.completion", answer.record), choices=[choice], usage=usage([answer]))
 
@@ -62,7 +63,7 @@ def completions(answers: Sequence[Written], decode: Decode, top: int | None) -> 
         TextChoice(
             index=index,
             text=answer.text,
-            logprobs=None if top is None else text_logprobs(told(answer, decode, top)),
+            logprobs=None if top is None else text_logprobs(answer_logprobs(answer, decode, top), Offsets()),
             finish_reason=finish(answer),
         )
         for index, answer in enumerate(answers)
@@ -70,35 +71,48 @@ def completions(answers: Sequence[Written], decode: Decode, top: int | None) -> 
     return TextCompletion(**head("text_completion", answers[0].record), choices=choices, usage=usage(answers))
 
 
-def told(answer: Written, decode: Decode, top: int) -> list[TokenLogprob]:
+def answer_logprobs(answer: Written, decode: Decode, top: int) -> list[TokenLogprob]:
     """The tokens with their log p; of a label the label, beside the others."""
     if answer.completion is not None:
         return [token_logprob(token, decode) for token in answer.completion.logprobs]
     scores = answer.scores or {}
     ranked = sorted(scores.items(), key=lambda one: -one[1])[:top]
-    others = [one_logprob(label, logprob(share)) for label, share in ranked]
-    return [TokenLogprob(**vars(one_logprob(answer.text, logprob(scores[answer.text]))), top_logprobs=others)]
+    others = [label_logprob(label, share) for label, share in ranked]
+    return [TokenLogprob(**vars(label_logprob(answer.text, scores[answer.text])), top_logprobs=others)]
 
 
 def token_logprob(token: Token, decode: Decode) -> TokenLogprob:
-    others = [one_logprob(decode(other), share) for other, share in token.top]
-    return TokenLogprob(**vars(one_logprob(decode(token.id), token.logprob)), top_logprobs=others)
+    others = [one_logprob(*decode(other), share) for other, share in token.top]
+    return TokenLogprob(**vars(one_logprob(*decode(token.id), token.logprob)), top_logprobs=others)
 
 
-def one_logprob(token: str, logprob: float) -> TopLogprob:
-    return TopLogprob(token=token, logprob=max(logprob, -9999.0), bytes=list(token.encode()))  # JSON has no infinity
+def label_logprob(label: str, share: float) -> TopLogprob:
+    return one_logprob(label, label.encode(), logprob(share))
 
 
-def text_logprobs(tokens: Sequence[TokenLogprob], offset: int = 0) -> TextLogprobs:
-    """`offset`: characters before them."""
-    offsets = [offset]
-    for token in tokens:
-        offsets.append(offsets[-1] + len(token.token))
+def one_logprob(token: str, raw: bytes, logprob: float) -> TopLogprob:
+    return TopLogprob(token=token, logprob=max(logprob, -9999.0), bytes=list(raw))  # JSON has no infinity
+
+
+class Offsets:
+    """Where tokens, one after another, begin in their text, which has no white space in front."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._characters = 0
+
+    def next(self, token: TokenLogprob) -> int:
+        start, text = self._characters, self._decoder.decode(bytes(token.bytes))
+        self._characters += len(text if start else text.lstrip())
+        return start
+
+
+def text_logprobs(tokens: Sequence[TokenLogprob], offsets: Offsets) -> TextLogprobs:
     return TextLogprobs(
         tokens=[token.token for token in tokens],
         token_logprobs=[token.logprob for token in tokens],
         top_logprobs=[{one.token: one.logprob for one in token.top_logprobs} for token in tokens],
-        text_offset=offsets[:-1],
+        text_offset=[offsets.next(token) for token in tokens],
     )
 
 
@@ -131,12 +145,10 @@ async def chat_events(
 async def text_events(
     pieces: AsyncIterator[Said], decode: Decode, top: int | None, with_usage: bool
 ) -> AsyncIterator[bytes]:
-    offset = 0
+    offsets = Offsets()
 
     def choice(text: str, tokens: Sequence[TokenLogprob], reason: str | None = None) -> dict[str, Any]:
-        nonlocal offset
-        logprobs = text_logprobs(tokens, offset).model_dump() if tokens else None
-        offset += sum(len(token.token) for token in tokens)
+        logprobs = text_logprobs(tokens, offsets).model_dump() if tokens else None
         return {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     async for data in events("text_completion", pieces, decode, top, with_usage, choice):
@@ -163,7 +175,7 @@ async def events(
             said = [choice(found.text, [token_logprob(token, decode) for token in found.logprobs], None)]
             seen += len(found.logprobs)
         else:
-            said = [choice("", [] if top is None else told(found, decode, top)[seen:], finish(found))]
+            said = [choice("", [] if top is None else answer_logprobs(found, decode, top)[seen:], finish(found))]
         for one in said:
             yield event({**shared, "choices": [one], **more})
         if with_usage and isinstance(found, Written):
