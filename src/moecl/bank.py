@@ -318,7 +318,7 @@ def fitting(what: str) -> Iterator[None]:
         ) from error
 
 
-def open_store(folder: str | Path) -> Store:
-    """The store at `folder`, or of the run at `folder`."""
+def store_in(folder: str | Path) -> Path:
+    """The store that `folder` is, or that of the run that it is."""
     inside = Path(folder) / "store"
-    return Store.open(inside if Store.exists(inside) and not Store.exists(folder) else folder, readonly=True)
+    return inside if Store.exists(inside) and not Store.exists(folder) else Path(folder)

@@ -24,7 +24,7 @@ from moecl.backbone import (
     resolve_precision,
     weights_sha256,
 )
-from moecl.bank import Bank, Entry, carried, check_same_base, find, fitting, open_store, settings_of
+from moecl.bank import Bank, Entry, carried, check_same_base, find, fitting, settings_of, store_in
 from moecl.config import Task
 from moecl.errors import BaseError, ConfigError, StoreError, TaskError
 from moecl.method_config import MoECLConfig
@@ -385,7 +385,8 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
             except (OSError, ValueError) as error:
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 raise StoreError(f"{folder}: no such folder, and not to be had from the hub ({reason})") from error
-        return cls.from_store(open_store(folder), base=base, device=device, expert_memory=memory)
+        store = Store.open(store_in(folder), readonly=True)
+        return cls.from_store(store, base=base, device=device, expert_memory=memory)
 
     @classmethod
     def from_store(

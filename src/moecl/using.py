@@ -322,10 +322,10 @@ def open_store(run: Path, readonly: bool = True) -> "Store":
     """The store of a run, or the folder itself where it is one."""
     if not run.is_dir():
         raise RunError(f"{run}: no such folder; give one that `moecl train STREAM -o RUN` has made")
+    from moecl.bank import store_in
     from moecl.store import Store
 
-    found = next((path for path in (run, run / "store") if Store.exists(path)), None)
-    if found is None:
+    if not Store.exists(found := store_in(run)):
         raise RunError(f"{run}: not a run folder; give one that `moecl train STREAM -o RUN` has made")
     return Store.open(found, readonly=readonly)
 
