@@ -157,6 +157,13 @@ def test_a_written_text_is_compared_whole():
     assert parity.largest_logit_gap < 1e-4
 
 
+def test_a_written_text_is_compared_to_its_end(monkeypatch):
+    task, seen, write = Task(name="a", kind="generation", max_length=80), [], Engine.write
+    monkeypatch.setattr(Engine, "write", lambda self, rows, how: seen.extend(how) or write(self, rows, how))
+    one_lora(*answering(random_parts(attached().geometry), task), [replace(example("x", task), completion="fine food")])
+    assert [how.max_new_tokens for how in seen] == [80, 80]
+
+
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_peft_runs_the_stand_in_as_we_do(tmp_path, family):
     model = attached(family)
