@@ -52,6 +52,8 @@ def promoted(manifest: Manifest, reference: str, alias: str) -> Edit:
 
 def unpromoted(manifest: Manifest, name: str, alias: str) -> Edit:
     """Take an alias away. Raises TaskError where there is none."""
+    if parse_reference(f"{name}@{alias}").alias is None:
+        raise TaskError(f"alias {alias!r:.100}: is no alias but a version; `moecl delete {name}@{alias}` deletes that")
     record = manifest.record(f"{name}@{alias}")
     aliases = {key: version for key, version in manifest.aliases[name].items() if key != alias}
     return Edit(_with_aliases(manifest, name, aliases), [change(name, record, None)], {"alias": alias})

@@ -31,8 +31,9 @@ def export(
         str | None, typer.Option("--expert", metavar="NAME", help="For peft-expert: task (default) or shared.")
     ] = None,
     max_disagreement: Annotated[
-        float, typer.Option("--max-disagreement", metavar="SHARE", help="For static-lora: of the validation rows.")
-    ] = 0.02,
+        float | None,
+        typer.Option("--max-disagreement", metavar="SHARE", help="For static-lora: of the validation rows; .02."),
+    ] = None,
     device: Device = "auto",
 ) -> int | None:
     """Write a task as a LoRA in PEFT's format.
@@ -43,6 +44,9 @@ def export(
     """
     if kind not in KINDS:
         raise ConfigError(f"--as: {kind!r} is none of {', '.join(KINDS)}{near(kind, KINDS)}")
+    if max_disagreement is not None and kind != "static-lora":
+        raise ConfigError(f"--max-disagreement {max_disagreement:g}: is for --as static-lora; a {kind} is exact")
+    max_disagreement = 0.02 if max_disagreement is None else max_disagreement
     if not 0 <= max_disagreement <= 1:
         raise ConfigError(f"--max-disagreement: {max_disagreement:g} is no share; give a number from 0 to 1")
     if expert is not None and kind != "peft-expert":

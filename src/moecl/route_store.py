@@ -41,7 +41,7 @@ def change(run: Path, fit: bool, false_accept: float | None, device: str, watche
             raise RunError(f"{run}: no router statistics yet; make them with --fit")
         statistics.false_accept = statistics.false_accept if false_accept is None else false_accept
         with store.lock():
-            store.commit(training={**store.training(), ROUTER: statistics.tensors()})
+            store.commit(training={**store.training(), ROUTER: statistics.tensors()}, what="router")
 
 
 def fitted(folder: RunFolder, store: Store, statistics: Statistics | None, device: str, watcher: Watcher) -> Statistics:

@@ -73,17 +73,8 @@ class Store:
     @classmethod
     def create(cls, path: str | Path, base: BaseInfo) -> Store:
         """A store without tasks, in a new or empty folder. Raises `StoreError`, `BusyError`."""
-        path = Path(path)
-        with one_line(path, StoreError):
-            _refuse_occupied(path)
-            path.mkdir(parents=True, exist_ok=True)
-        with lock_file(path / LOCK, error=StoreError), one_line(path, StoreError):
-            _refuse_occupied(path)  # another may have been faster
-            _make_folders(path)
-            sync_folder(path.parent)
-            data = Manifest(base=base).dump()
-            _audit.append(path, "create", [], {"base": base.model_dump()}, None, _sha256(data))
-            atomic_write(path / MANIFEST, data, tmp=path / "tmp", error=StoreError)
+        with _new(Path(path), Manifest(base=base)):
+            pass
         return cls(path)
 
     @staticmethod
@@ -358,20 +349,17 @@ class Store:
         manifest = manifest or self.manifest
         base = manifest.base.model_copy(update={"id": base_id or manifest.base.id})
         manifest = manifest.model_copy(update={"base": base})
-        made = Store.create(path, manifest.base)
-        with made.lock(), one_line(made.path, StoreError):
+        path = Path(path)
+        with _new(path, manifest):
             for digest in sorted(manifest.digests()):
-                made._take(self._object(digest), made._object(digest), digest, manifest.users(digest))
+                _copy(self._object(digest), path, digest, manifest.users(digest))
             for name, digest in manifest.training.items():
-                made._take(self._training(name, digest), made._training(name, digest), digest, ["further learning"])
-            if (card := self.path / CARD).is_file():
-                atomic_write(made.path / CARD, card.read_bytes(), tmp=made.path / "tmp", error=StoreError)
-            made._replace_manifest("save", Edit(manifest, _versions.changes(made.manifest, manifest), {}))
+                _copy(self._training(name, digest), path, digest, ["further learning"])
+        made = Store(path)
+        if (card := self.path / CARD).is_file():
+            with one_line(path, StoreError):
+                atomic_write(path / CARD, card.read_bytes(), tmp=path / "tmp", error=StoreError)
         return made
-
-    def _take(self, source: Path, target: Path, digest: str, users: list[str]) -> None:
-        read_file(source, digest, lambda: in_words(users))
-        atomic_write(target, source.read_bytes(), tmp=self.path / "tmp", error=StoreError)
 
     def _object(self, digest: str) -> Path:
         return self.path / "objects" / f"{digest}.safetensors"
@@ -408,6 +396,33 @@ class Store:
     def _old_training(self) -> list[Path]:
         keep = {self._training(name, digest).name for name, digest in self.manifest.training.items()}
         return others(self.path / "training", keep)
+
+
+@contextmanager
+def _new(path: Path, manifest: Manifest) -> Iterator[None]:
+    """A new or empty folder, locked, that becomes a store with this manifest: written last, when all else is there.
+
+    What is cut short is no store, and its folder counts as empty.
+    """
+    with one_line(path, StoreError):
+        _refuse_occupied(path)
+        path.mkdir(parents=True, exist_ok=True)
+    with lock_file(path / LOCK, error=StoreError), one_line(path, StoreError):
+        _refuse_occupied(path)  # another may have been faster
+        _make_folders(path)
+        sync_folder(path.parent)
+        yield
+        data = manifest.model_copy(update={"format": FORMAT}).dump()
+        changes = _versions.changes(Manifest(base=manifest.base), manifest)
+        _audit.append(path, "create", changes, {"base": manifest.base.model_dump()}, None, _sha256(data))
+        atomic_write(path / MANIFEST, data, tmp=path / "tmp", error=StoreError)
+
+
+def _copy(source: Path, store: Path, digest: str, users: list[str]) -> None:
+    """An object or training state, hashed on the way, in the place that it has in another store."""
+    read_file(source, digest, lambda: in_words(users))
+    target = store / source.parent.name / source.name
+    atomic_write(target, source.read_bytes(), tmp=store / "tmp", error=StoreError)
 
 
 def _sha256(data: bytes) -> str:

@@ -47,10 +47,14 @@ def test_what_tells_nothing_needs_no_key(server, path):
 def test_pages_of_one_origin_may_ask(server):
     def allowed(origin: str) -> str | None:
         headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        headers["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-os"  # of OpenAI's client
         return server.client.options("/v1/classify", headers=headers).headers.get("access-control-allow-origin")
 
     assert allowed("https://a.example") == "https://a.example"
     assert allowed("https://b.example") is None
+    headers = {"Origin": "https://a.example", "Authorization": "Bearer first-key"}
+    told = server.client.get("/v1/models", headers=headers).headers["access-control-expose-headers"]
+    assert "Retry-After" in told
 
 
 def test_without_keys_only_this_machine_is_served(store):

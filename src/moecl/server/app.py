@@ -15,6 +15,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
+from moecl.config import AUTO
 from moecl.errors import MoECLError
 from moecl.generation import Sampling
 from moecl.server import spoken
@@ -74,8 +75,13 @@ def create_app(library: Library, settings: Settings) -> FastAPI:
     app.add_exception_handler(HTTPException, _http)
     app.add_middleware(Guard, settings=settings, metrics=metrics)
     if settings.origins:
-        headers = ["Authorization", "Content-Type"]
-        app.add_middleware(CORSMiddleware, allow_origins=settings.origins, allow_methods=["*"], allow_headers=headers)
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=["*"],
+            allow_headers=["*"],  # OpenAI's client sends a dozen of its own
+            expose_headers=["Retry-After", "x-request-id"],
+        )
     return app
 
 
@@ -258,9 +264,10 @@ async def run(request: Request) -> Run:
 
 
 def told(request: Request, model: str, rows: int, texts: Any) -> None:
-    """For the log. The model only where it is one of ours."""
-    names = service_of(request).library.now.names
-    request.state.told.update(model=model if model in names else None, rows=rows, texts=texts)
+    """For the log. The model only where it is one of ours, by whatever name."""
+    now = service_of(request).library.now
+    known = model == AUTO or now.knows(model)
+    request.state.told.update(model=model if known else None, rows=rows, texts=texts)
 
 
 # For those who run it

@@ -9,7 +9,7 @@ from moecl._sizes import KV_MEMORY
 from moecl.config import AUTO
 from moecl.data.task import template
 from moecl.engine import Engine
-from moecl.errors import MoECLError
+from moecl.errors import MoECLError, TaskError
 from moecl.results import Result
 from moecl.review import TaskThresholds, Thresholds
 from moecl.router import Router
@@ -35,6 +35,13 @@ class Snapshot:
     def record(self, name: str) -> TaskRecord:
         """Raises TaskError."""
         return self.store.record(name)
+
+    def knows(self, name: str) -> bool:
+        """Whether it is a task's, with or without a version or an alias."""
+        try:
+            return bool(self.record(name))
+        except TaskError:
+            return False
 
     @property
     def names(self) -> list[str]:

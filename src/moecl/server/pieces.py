@@ -24,7 +24,7 @@ class Pieces:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        decoder = tokenizer.backend_tokenizer.decoder
+        decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
         steps = "" if decoder is None else decoder.__getstate__().decode()
         self._characters = byte_characters() if '"ByteLevel"' in steps else {}
         self._spaced = SPACE in steps

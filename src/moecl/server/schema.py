@@ -241,7 +241,7 @@ class Problems(Said):
 
 
 class Health(Said):
-    status: Literal["ok", "stopping"]
+    status: Literal["ok"]
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
