@@ -52,7 +52,7 @@ class Method(ABC):
         return self._base
 
     def forget(self, task: str) -> None:  # noqa: B027 - most methods keep nothing
-        """The rules of `task` have changed: what was kept of it for the sake of later tasks is no longer true."""
+        """The rules of `task` have changed: what was kept of it for later tasks' sake is no longer true. Sums stay."""
 
     def rehearse(self, rows: Sequence[Encoded]) -> Sequence[Encoded]:
         """What a task whose training rows are `rows` is trained on. Called before `begin`."""
