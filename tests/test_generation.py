@@ -130,6 +130,14 @@ def test_seeds():
     assert unseeded[0] != unseeded[1]
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+@pytest.mark.parametrize("temperature", [1e-310, 5e-324, 1e-6])
+def test_a_temperature_that_is_hardly_one_is_greedy(temperature, top_p):
+    logits = torch.tensor([1.0, 900.0, -3.0, 2.0])
+    cold = Sampling(temperature=temperature, top_p=top_p)
+    assert [draw(logits, cold, torch.Generator().manual_seed(seed)) for seed in range(3)] == [1, 1, 1]
+
+
 def test_draws_follow_the_probabilities():
     logits, draws = torch.tensor([0.1, 0.5, 0.15, 0.25]).log(), torch.Generator().manual_seed(0)
 
@@ -247,6 +255,33 @@ def test_a_row_that_nobody_waits_for_leaves():
     while decoder.cohorts:
         decoder.step()
     assert second.completion() == found.generate(ROWS[1:2], "b", Sampling(max_new_tokens=9))[0]
+
+
+@pytest.mark.parametrize("fails", ["a draw", "at last"])
+def test_a_join_that_fails_leaves_no_trace(fails, monkeypatch):
+    found = engine()
+    each = [replace(WILD, seed=seed) for seed in range(4)]
+    alone = [found.generate([ROWS[i]], NAMES[i], each[i])[0] for i in range(4)]
+    decoder = found.decoder()
+    first, second, third, cursed = (
+        found.writing(found.requests([ROWS[i]], [NAMES[i]], 8)[0], how) for i, how in enumerate(each)
+    )
+    decoder.join([first])
+    decoder.step()
+    with monkeypatch.context() as patch:
+        if fails == "a draw":
+            patch.setattr(cursed, "take", lambda *_: 1 / 0)
+        else:
+            real = decoder._together
+            patch.setattr(decoder, "_together", lambda *both: (real(*both), 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            decoder.join([second, third, cursed])
+    assert decoder.rows == [first]
+    assert second.ids == third.ids == []
+    decoder.join([second, third])
+    while decoder.cohorts:
+        decoder.step()
+    assert [one.completion() for one in (first, second, third)] == alone[:3]
 
 
 def test_columns_that_nobody_fills_are_dropped():

@@ -4,6 +4,7 @@ Each row is sampled with a generator of its own, so that its text does not depen
 keys and values of earlier texts (`kv_prefix.py`) is read in the place of a prompt's beginning.
 """
 
+import copy
 import secrets
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
@@ -93,12 +94,17 @@ class Writing:
         self.limit = min(sampling.max_new_tokens, most)
         self.parts: Parts | None = None  # from the first step on the same ones, whatever becomes of the task
         self.kept_as: Hashable = None  # whose keys and values its own are; None for those that serve no other row
+        self._seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        self.begin()
+
+    def begin(self) -> None:
+        """As where nothing is written."""
         self.ids: list[int] = []
         self.logprobs: list[Token] = []
         self.reason: Reason | None = None
         self.text = ""
         self._told = self._listed = 0
-        self._draws = torch.Generator().manual_seed(secrets.randbits(63) if sampling.seed is None else sampling.seed)
+        self._draws = torch.Generator().manual_seed(self._seed)
 
     @property
     def prompt(self) -> list[int]:
@@ -152,7 +158,8 @@ def draw(logits: Tensor, sampling: Sampling, draws: torch.Generator) -> int:
     By the inverse of the cumulated probability in the order of the vocabulary: rounding, which depends on the batch,
     changes the choice only where the draw falls on an edge.
     """
-    p = (logits.double().cpu() / sampling.temperature).softmax(0)
+    logits = logits.double().cpu()
+    p = ((logits - logits.max()) / sampling.temperature).softmax(0)  # no temperature is so low that these overflow
     if sampling.top_p < 1:
         ranked, order = p.sort(descending=True, stable=True)
         kept = ranked.cumsum(0) - ranked < sampling.top_p
@@ -213,15 +220,25 @@ class Decoder:
     def join(
         self, rows: Sequence[Writing], run: Callable[[Call], AbstractContextManager[None]] = run_with
     ) -> list[Writing]:
-        """The rows, each with its first token. Raises StoreError where parts cannot be loaded; none has joined then."""
+        """The rows, each with its first token. Raises StoreError where parts cannot be loaded.
+
+        Where anything is raised none has joined: rows and decoder are as they were.
+        """
         for row, parts in zip(rows, parts_of([row.request for row in rows]), strict=True):
             row.parts, row.kept_as = parts, self._kept_as(row.request, parts)
         known = [self.kv.find(row.kept_as, row.prompt) for row in rows]
         read = [self._read(some, run) for some in apart(rows, known)]
-        for cohort, logits in read:  # once none can fail
-            take(cohort.rows, logits)
-            self.cohorts.append(cohort)
-        self._settle()
+        before = self.cohorts
+        try:
+            for cohort, logits in read:
+                take(cohort.rows, logits)
+            self.cohorts = [*before, *(cohort for cohort, _ in read)]
+            self._settle()
+        except BaseException:
+            self.cohorts = before
+            for row in rows:
+                row.begin()
+            raise
         return list(rows)
 
     def _kept_as(self, request: Request, parts: Parts) -> Hashable:
@@ -325,16 +342,18 @@ class Decoder:
         return call
 
     def _together(self, first: Cohort, second: Cohort) -> Cohort:
-        """Both in one, padded on the left to the longer one's width."""
+        """Both in one, padded on the left to the longer one's width; they stay whole, for a `join` that is undone."""
         width = max(first.mask.shape[1], second.mask.shape[1])
-        for one, other in zip(first.cache.layers, second.cache.layers, strict=True):
+        cache = copy.copy(first.cache)
+        cache.layers = [copy.copy(layer) for layer in first.cache.layers]
+        for one, other in zip(cache.layers, second.cache.layers, strict=True):
             one.keys, one.values = (
                 torch.cat([F.pad(found, (0, 0, width - found.shape[2], 0)) for found in pair])
                 for pair in ((one.keys, other.keys), (one.values, other.values))
             )
         masks = [F.pad(cohort.mask, (width - cohort.mask.shape[1], 0)) for cohort in (first, second)]
         rows = [*first.rows, *second.rows]
-        return Cohort(rows, self._call(rows, None), torch.cat(masks), first.cache)
+        return Cohort(rows, self._call(rows, None), torch.cat(masks), cache)
 
 
 def take(rows: Sequence[Writing], logits: Tensor) -> None:

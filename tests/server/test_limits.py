@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from live import live, make_store
+from moecl.generation import Writing
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,38 @@ def test_a_client_that_leaves_a_stream(store):
             assert server.service.rows == 1
         until(lambda: not worker.decoder.cohorts and server.service.rows == 0)
         assert len(server.classify("mood", ["x"])) == 1
+
+
+def test_a_fault_while_a_row_leaves_does_not_end_the_model(store):
+    with live(store) as server:
+        worker = server.service.worker
+        step = worker.decoder.step
+        worker.decoder.step = lambda: time.sleep(0.05) or step()
+        worker.decoder.leave = lambda row: 1 / 0
+        wish = {"model": "write", "prompt": "x", "temperature": 2, "seed": 1, "max_tokens": 200}
+        with server.client.stream("POST", "/v1/completions", json={**wish, "stream": True}) as answer:
+            assert next(answer.iter_lines())
+        until(lambda: not worker._writing)
+        assert server.post("/v1/completions", **{**wish, "max_tokens": 5}).status_code == 200
+        assert server.client.get("/readyz").status_code == 200
+
+
+def test_a_fault_of_one_text_is_not_the_others(store, monkeypatch):
+    wish = {"model": "write", "prompt": "x", "max_tokens": 8}
+    take = Writing.take
+    monkeypatch.setattr(Writing, "take", lambda row, *how: take(row, *how) if row.sampling.seed != 13 else 1 / 0)
+    with live(store) as server, ThreadPoolExecutor(3) as pool:
+        alone = server.post("/v1/completions", **wish).json()["choices"]
+        with stuck(server) as on:
+            busy = pool.submit(asked, server)
+            until(lambda: server.service.rows == 1 and not server.service.worker._reads)
+            fine = pool.submit(server.post, "/v1/completions", **wish)
+            until(lambda: server.service.worker._texts)
+            cursed = pool.submit(server.post, "/v1/completions", **wish, temperature=1, seed=13)
+            until(lambda: len(server.service.worker._texts) == 2)
+            on.set()
+        assert [one.result().status_code for one in (busy, fine, cursed)] == [200, 200, 500]
+        assert fine.result().json()["choices"] == alone
 
 
 def test_large_requests_are_not_read(store):

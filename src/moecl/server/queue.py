@@ -5,6 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 from moecl.engine import Engine, GateUse
@@ -139,11 +140,21 @@ class Worker:
         while (taken := self._take()) is not None:
             reads, texts = taken
             started = time.monotonic()
-            self._read(reads)
-            self._join(texts)
-            self._step()
+            try:
+                self._read(reads)
+                self._join(texts)
+                self._step()
+            except Exception as error:  # a thread that ended would leave every later request waiting
+                self._fail(error, reads, texts)
             if rows := sum(job.rows for job in reads):
                 self.rate += 0.1 * (rows / max(1e-4, time.monotonic() - started) - self.rate)
+
+    def _fail(self, error: Exception, *jobs: Sequence[Job]) -> None:
+        """Tell all that is under way, and write from now on with a new decoder."""
+        for job in (*chain(*jobs), *self._writing.values()):
+            job.tell(error)
+        self._writing.clear()
+        self.decoder = self.engine.decoder()
 
     def _take(self) -> tuple[list[Reading | Routing], list[Text]] | None:
         """What to do next: jobs that fit, none where texts alone are under way; None at the end."""
@@ -222,13 +233,7 @@ class Worker:
         if not self._writing:
             return
         self.metrics.batch.labels("write").observe(len(self._writing))
-        try:
-            self._moved([self._writing[id(row)] for row in self.decoder.step()])
-        except Exception as error:
-            for job in self._writing.values():
-                job.tell(error)
-            self._writing.clear()
-            self.decoder = self.engine.decoder()
+        self._moved([self._writing[id(row)] for row in self.decoder.step()])
 
     def _moved(self, texts: Sequence[Text]) -> None:
         for job in texts:
