@@ -162,9 +162,11 @@ class Router:
 
         Raises StoreError where these are damaged or of another base.
         """
-        store = store or model.bank.store
-        statistics = None if store is None else read(store)
-        if store is None or statistics is None or not (tasks := statistics.known(store.tasks())):
+        if (store := store or model.bank.store) is None:
+            return None
+        records = store.tasks()  # as of now: reading may take the store to a newer manifest
+        statistics = read(store)
+        if statistics is None or not (tasks := statistics.known(records)):
             return None
         if statistics.train.width != model.geometry.hidden_size:
             raise StoreError(f"{store.path}: its router statistics are another base's; restore the store from a copy")

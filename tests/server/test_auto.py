@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from live import live, make_store
+from live import live, make_store, statistics
 from moecl.server import library
+from moecl.store import Store
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class Route:
 
 class ByWord:
     """Stands in for a router that was fitted: knows `mood` and `write` by a word of the text."""
+
+    tasks = ("mood", "write")
 
     def route(self, texts):
         known = {
@@ -112,6 +115,26 @@ def test_half_a_surrogate_pair_is_no_text(server, row):
     answer = server.client.post("/v1/classify", content=body, headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input")
     assert "is not valid Unicode" in answer.json()["error"]["message"]
+
+
+def test_tasks_that_auto_never_finds_are_told(tmp_path, tiny_folder, monkeypatch, caplog):
+    monkeypatch.setattr(library.Router, "load", lambda model, store: ByWord())
+    store = make_store(tmp_path, tiny_folder, "mood topic write head")
+    library.Library(store, "cpu", "2GB", None)
+    [told] = [record.fields["reason"] for record in caplog.records if record.getMessage() == "router"]
+    assert told == "auto never finds topic, head; make their statistics with `moecl router RUN --fit`"
+
+
+def test_damaged_statistics_leave_auto_out(tmp_path, tiny_folder, caplog):
+    store = Store.open(make_store(tmp_path, tiny_folder, "mood"))
+    store.commit(training={**store.training(), "router": statistics("mood@1").tensors()})
+    [path] = (tmp_path / "training").glob("router-*")
+    path.write_bytes(path.read_bytes()[:-1])
+    with live(tmp_path) as server:
+        assert server.classify("mood", ["x"])
+        assert server.post("/v1/classify", model="auto", input="x").status_code == 404
+    [told] = [record.fields["reason"] for record in caplog.records if record.getMessage() == "router"]
+    assert "truncated" in told
 
 
 def test_without_a_router_there_is_no_auto(tmp_path, tiny_folder, monkeypatch):

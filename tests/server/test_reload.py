@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from live import TASKS, learned, live, make_store
+from live import TASKS, learned, live, make_store, statistics
 from moecl.engine import Engine
 from moecl.model import MoECL
 from moecl.nn.forms import to_tensors
 from moecl.review import Target, Thresholds, fit
+from moecl.server import library as libraries
 from moecl.server.library import Library, expert
 from moecl.store import Store, TaskRecord
 
@@ -156,6 +157,48 @@ def test_what_cannot_be_read_leaves_the_old_model_serving(store, tiny_folder):
         until(lambda: version(server, "mood") == 2)
 
 
+def test_what_could_not_be_read_is_tried_again(store, tiny_folder, monkeypatch, caplog):
+    with live(store, reload_seconds=0.02) as server:
+        library, tries = server.service.library, []
+        monkeypatch.setattr(library, "_snapshot", lambda *given: tries.append(given) or 1 / 0)
+        relearn(store, tiny_folder, "mood", 3)
+        until(lambda: len(tries) > 3)
+        assert version(server, "mood") == 1
+        monkeypatch.undo()
+        until(lambda: version(server, "mood") == 2)
+        assert 'moecl_reloads_total{outcome="failed"} 1.0' in server.client.get("/metrics").text
+    assert [record.getMessage() for record in caplog.records].count("reload failed") == 1
+
+
+def test_a_change_while_the_base_is_loaded(store, tiny_folder, monkeypatch):
+    """Statistics of the router are read last, as of then; all else of a snapshot is of one manifest."""
+    opened = Store.open(store)
+    opened.commit(training={**opened.training(), "router": statistics("mood@1").tensors()})
+
+    def load(*given):
+        relearn(store, tiny_folder, "mood", 3)
+        opened.commit(training={**opened.training(), "router": statistics("mood@1", "mood@2").tensors()})
+        return real(*given)
+
+    real = libraries.load
+    monkeypatch.setattr(libraries, "load", load)
+    library = Library(store, "cpu", "2GB", None)
+    assert library.now.record("mood").version == 1
+    assert library.now.store.manifest is library.model.bank._manifest
+    assert library.now.router.keys == ["mood@1"]
+    assert library.reload()
+    assert library.now.record("mood").version == 2
+    assert library.now.router.keys == ["mood@2"]
+
+
+def test_a_change_between_the_look_and_the_store_is_noticed(store, tiny_folder, monkeypatch):
+    real = libraries.open_store
+    monkeypatch.setattr(libraries, "open_store", lambda run: (real(run), relearn(run, tiny_folder, "mood", 3))[0])
+    library = Library(store, "cpu", "2GB", None)
+    library.reload()
+    assert library.now.record("mood").version == 2
+
+
 def test_a_damaged_object_is_a_fault_of_the_store(store, tiny_folder):
     digest = Store.open(store).record("mood").parts["task"]
     path = store / "objects" / f"{digest}.safetensors"
@@ -219,6 +262,19 @@ def test_thresholds_of_another_version_decide_nothing(tmp_path, store, tiny_fold
         relearn(store, tiny_folder, "mood", 5)
         until(lambda: version(server, "mood") == 2)
         assert {one["decision"] for one in server.classify("mood", ["love", "bad", "x", "tea"])} == {"review"}
+
+
+def test_without_a_thresholds_file_all_is_for_review(tmp_path, store, tiny_folder):
+    path = thresholds(tmp_path, store, 0.0)
+    rows = ["love", "bad", "x", "tea"]
+    with live(store, thresholds=path, reload_seconds=0.02) as server:
+        assert any(one["decision"] == "good" for one in server.classify("mood", rows))
+        path.unlink()
+        relearn(store, tiny_folder, "mood", 5)
+        until(lambda: version(server, "mood") == 2)
+        assert {one["decision"] for one in server.classify("mood", rows)} == {"review"}
+        thresholds(tmp_path, store, 0.0)
+        until(lambda: any(one["decision"] == "good" for one in server.classify("mood", rows)))
 
 
 def test_an_older_version_is_not_decided_by_the_current_ones_thresholds(tmp_path, store, tiny_folder):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +10,14 @@ from moecl._sizes import KV_MEMORY
 from moecl.config import AUTO
 from moecl.data.task import template
 from moecl.engine import Engine
-from moecl.errors import MoECLError, TaskError
+from moecl.errors import MoECLError, StoreError, TaskError
 from moecl.results import Result
 from moecl.review import TaskThresholds, Thresholds
 from moecl.router import Router
 from moecl.run_folder import RESULT, RunFolder
 from moecl.server.schema import Run, TaskInfo
 from moecl.store import MANIFEST, Store, TaskRecord
+from moecl.terminal import quietly
 from moecl.using import load, open_store, served_levels
 
 log = logging.getLogger("moecl.server")
@@ -83,37 +85,63 @@ class Library:
     ) -> None:
         """Raises RunError, StoreError, BaseError; DataError where the thresholds do not fit."""
         self.thresholds = thresholds
-        store = open_store(run)
-        self.path = store.path
-        self.result_of = run if store.path != run else None
-        self._seen = self._marks()
+        self.path = open_store(run).path
+        self.result_of = run if self.path != run else None
+        self._seen, self._failed = self._marks(), None  # taken first: what changes from here on is seen as a change
+        store = Store.open(self.path, readonly=True)
         if thresholds is not None:
             served_levels(store, thresholds)  # a file that does not fit is an error now, and a warning later
-        self.model = load(store, device, expert_memory)
+        with quietly():
+            self.model = load(store, device, expert_memory)
         self.engine = Engine(self.model, kv_memory=kv_memory)
         self.now = self._snapshot(store, self.engine)
 
     def reload(self) -> bool:
-        """Whether there is something new. Raises MoECLError where that cannot be served; the old one then stays."""
+        """Whether there is something new.
+
+        Raises MoECLError where that cannot be served, the first time that it is tried; the old one then stays.
+        """
         marks = self._marks()
         if marks == self._seen:
             return False
-        self._seen = marks
-        store = Store.open(self.path, readonly=True)
-        bank = self.model.bank.emptied()
-        bank.take(store)
-        self.now = self._snapshot(store, self.engine.over(bank))
+        try:
+            store = Store.open(self.path, readonly=True)
+            bank = self.model.bank.emptied()
+            bank.take(store)
+            self.now = self._snapshot(store, self.engine.over(bank))
+        except Exception:
+            if marks == self._failed:
+                return False
+            self._failed = marks
+            raise
+        self._seen, self._failed = marks, None
         return True
 
     def _snapshot(self, store: Store, engine: Engine) -> Snapshot:
         levels = None if self.thresholds is None else self._levels(self.thresholds, store)
         created = int(os.stat(store.path / MANIFEST).st_mtime)
-        return Snapshot(store, engine, levels, self._result(), Router.load(self.model, store), created)
+        return Snapshot(store, engine, levels, self._result(), self._router(store), created)
+
+    def _router(self, store: Store) -> Router | None:
+        """What finds a text's task: only `auto` needs it."""
+        try:
+            router = Router.load(self.model, copy(store))  # a copy: reading may refresh it
+        except StoreError as error:
+            log.warning("router", extra={"fields": {"reason": str(error)}})
+            return None
+        if router is not None and (unknown := [one.name for one in store.tasks() if one.name not in router.tasks]):
+            reason = f"auto never finds {', '.join(unknown)}; make their statistics with `moecl router RUN --fit`"
+            log.warning("router", extra={"fields": {"reason": reason}})
+        return router
 
     def _levels(self, path: Path, store: Store) -> dict[str, TaskThresholds]:
         """Thresholds of the tasks. One that has none, or changed under a running server, goes to review as a whole."""
-        found = {}
-        known = Thresholds.load(path)
+        found: dict[str, TaskThresholds] = {}
+        try:
+            known = Thresholds.load(path)
+        except MoECLError as error:
+            log.warning("thresholds", extra={"fields": {"reason": str(error)}})
+            return found
         for record in store.tasks():
             if record.task.kind != "classification":
                 continue

@@ -14,7 +14,6 @@ from moecl.server.guard import JsonLines
 from moecl.server.library import Library
 from moecl.server.memory import keep_few_kernels
 from moecl.server.settings import Settings
-from moecl.terminal import quietly
 
 
 def serve(settings: Settings, ready: Callable[[str, Library], None]) -> None:
@@ -25,11 +24,10 @@ def serve(settings: Settings, ready: Callable[[str, Library], None]) -> None:
     keep_few_kernels()
     listening = bound(settings)
     with listening:
-        with quietly():
-            library = Library(
-                settings.run, settings.device, settings.expert_memory, settings.thresholds, settings.kv_memory
-            )
         write_logs()
+        library = Library(
+            settings.run, settings.device, settings.expert_memory, settings.thresholds, settings.kv_memory
+        )
         config = uvicorn.Config(
             create_app(library, settings),
             log_config=None,
