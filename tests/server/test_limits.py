@@ -17,6 +17,7 @@ import pytest
 
 from live import live, make_store
 from moecl.generation import Writing
+from moecl.server.queue import Reading
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,44 @@ def test_what_takes_too_long_is_given_up(store):
         assert server.service.rows == 0
 
 
+def test_a_large_request_that_is_given_up_does_not_hold_the_model(store, monkeypatch):
+    read = []
+
+    def slow(job, engine):
+        read.append(job.rows)
+        time.sleep(0.2)
+        return run(job, engine)
+
+    run = Reading.run
+    monkeypatch.setattr(Reading, "run", slow)
+    with live(store, timeout=0.5) as server:
+        late = asked(server, ["x"] * 256, gates=True)
+        assert late.status_code == 504
+        assert asked(server).status_code == 200
+        assert sum(read) < 64
+        assert server.service.rows == 0
+
+
+def test_rows_of_a_large_request_are_answered_in_order(store):
+    texts = [f"{word} {number}" for number in range(50) for word in ("great", "bad")]
+    with live(store) as server:
+        alone = {text: server.classify("topic", [text])[0]["label"] for text in texts[:20]}
+        for gates in (False, True):
+            data = server.classify("topic", texts, gates=gates)
+            assert [one["label"] for one in data[:20]] == [*alone.values()]
+            assert [one["index"] for one in data] == [*range(100)]
+
+
+def test_rows_that_the_model_is_still_at_count(store):
+    with live(store, queue=3, timeout=0.3) as server:
+        with stuck(server):
+            assert asked(server, ["x"] * 3).status_code == 504
+            assert asked(server).status_code == 429
+            assert "moecl_queue_rows 3.0" in server.client.get("/metrics").text
+        until(lambda: asked(server).status_code == 200)
+        assert "moecl_queue_rows 0.0" in server.client.get("/metrics").text
+
+
 def test_a_long_text_in_a_stream_is_given_up(store):
     with live(store, timeout=0.5) as server:
         slow = server.service.worker.decoder.step
@@ -130,6 +169,7 @@ def test_a_client_that_leaves_a_stream(store):
             assert next(lines)
             assert server.service.rows == 1
         until(lambda: not worker.decoder.cohorts and server.service.rows == 0)
+        assert "moecl_cancelled_total 1.0" in server.client.get("/metrics").text
         assert len(server.classify("mood", ["x"])) == 1
 
 

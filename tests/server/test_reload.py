@@ -9,6 +9,7 @@ import pytest
 
 from live import TASKS, learned, live, make_store, statistics
 from moecl.engine import Engine
+from moecl.errors import StoreError
 from moecl.model import MoECL
 from moecl.nn.forms import to_tensors
 from moecl.review import Target, Thresholds, fit
@@ -143,6 +144,35 @@ def test_a_request_whose_objects_are_gone_is_asked_again(store, tiny_folder):
         relearn(store, tiny_folder, "mood", 5)
         (store / "objects" / f"{old}.safetensors").unlink()
         assert version(server, "mood") == 2
+
+
+def test_a_stream_is_asked_again_too(store, tiny_folder):
+    wish = {"model": "write", "prompt": "x", "stream": True, "max_tokens": 3}
+    with live(store, reload_seconds=0) as server:
+        old = store / "objects" / f"{Store.open(store).record('write').parts['task']}.safetensors"
+        kept = old.read_bytes()
+        old.unlink()
+        gone = server.post("/v1/completions", **wish)
+        assert (gone.status_code, gone.json()["error"]["code"]) == (503, "store")
+        old.write_bytes(kept)
+        relearn(store, tiny_folder, "write", 5)
+        old.unlink()
+        answer = server.post("/v1/completions", **wish)
+        assert answer.status_code == 200
+        assert '"system_fingerprint": "write-v2' in answer.text
+
+
+def test_the_log_says_what_ended_a_stream(store, caplog):
+    def broken():
+        raise StoreError("the disk has gone")
+
+    with live(store) as server:
+        server.service.worker.decoder.step = broken
+        answer = server.post("/v1/completions", model="write", prompt="x", stream=True)
+        assert '"code": "store"' in answer.text
+    assert [record.fields for record in caplog.records if record.getMessage() == "problem"] == [
+        {"reason": "the disk has gone"}
+    ]
 
 
 def test_what_cannot_be_read_leaves_the_old_model_serving(store, tiny_folder):

@@ -220,9 +220,8 @@ async def streamed(request: Request, wish: Wish, asked: Any, sampling: Sampling)
     """Server-sent events. What goes wrong before the first one is an answer of its own."""
     service = service_of(request)
     pieces = service.stream(wish.model, asked, sampling)
+    deadline = asyncio.get_running_loop().time() + service.settings.timeout
     first = await awaited(request, anext(pieces))
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + service.settings.timeout
 
     async def whole() -> AsyncIterator[Any]:
         yield first
@@ -238,9 +237,15 @@ async def streamed(request: Request, wish: Wish, asked: Any, sampling: Sampling)
                 yield event
         except TimeoutError:
             yield spoken.event(late(service).body())
+        except MoECLError as error:
+            log.error("problem", extra={"fields": {"reason": str(error)}})
+            yield spoken.event(from_ours(error).body())
         except Exception as error:
             log.error("fault", extra={"fields": {"fault": faults(error)}})
             yield spoken.event(from_ours(error).body())
+        except (asyncio.CancelledError, GeneratorExit):
+            service.metrics.cancelled.inc()
+            raise
 
     return StreamingResponse(events(), media_type="text/event-stream")
 

@@ -21,6 +21,8 @@ from moecl.terminal import quietly
 from moecl.using import load, open_store, served_levels
 
 log = logging.getLogger("moecl.server")
+Mark = tuple[int, int, int]
+Marks = list[Mark | None]
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class Library:
         self.thresholds = thresholds
         self.path = open_store(run).path
         self.result_of = run if self.path != run else None
-        self._seen, self._failed = self._marks(), None  # taken first: what changes from here on is seen as a change
+        self._seen = self._marks()  # before anything is read: what changes from here on is seen as a change
+        self._failed: Marks | None = None  # for what it was told that it cannot be served
         store = Store.open(self.path, readonly=True)
         if thresholds is not None:
             served_levels(store, thresholds)  # a file that does not fit is an error now, and a warning later
@@ -161,12 +164,12 @@ class Library:
             log.warning("result", extra={"fields": {"reason": str(error)}})
             return None
 
-    def _marks(self) -> list[tuple[int, int, int] | None]:
+    def _marks(self) -> Marks:
         paths = [self.path / MANIFEST, self.thresholds, self.result_of and self.result_of / RESULT]
         return [mark(path) for path in paths if path is not None]
 
 
-def mark(path: Path) -> tuple[int, int, int] | None:
+def mark(path: Path) -> Mark | None:
     """What changes where a file is written anew."""
     try:
         found = os.stat(path)

@@ -5,7 +5,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any
 
 from moecl.engine import Engine, GateUse
@@ -14,6 +13,7 @@ from moecl.request import Prediction, Request
 from moecl.server.metrics import Metrics
 
 ROWS = 64  # that are read at once: more would make the texts under way wait
+ALONE = 8  # of those that run one by one
 RETRY_AFTER = (1, 30)  # seconds
 
 
@@ -106,6 +106,7 @@ class Worker:
         self._reads: deque[Reading | Routing] = deque()
         self._texts: deque[Text] = deque()
         self._writing: dict[int, Text] = {}
+        self._running: list[Job] = []
         self._news = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
@@ -116,6 +117,11 @@ class Worker:
     @property
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._stopping
+
+    @property
+    def abandoned(self) -> int:
+        """Rows that the thread is at though nobody waits for them any more."""
+        return sum(job.rows for job in self._running if job.cancelled)
 
     def submit(self, job: Job) -> None:
         with self._news:
@@ -139,19 +145,21 @@ class Worker:
     def _work(self) -> None:
         while (taken := self._take()) is not None:
             reads, texts = taken
+            self._running = [*reads, *texts]
             started = time.monotonic()
             try:
                 self._read(reads)
                 self._join(texts)
                 self._step()
             except Exception as error:  # a thread that ended would leave every later request waiting
-                self._fail(error, reads, texts)
+                self._fail(error, self._running)
+            self._running = []
             if rows := sum(job.rows for job in reads):
                 self.rate += 0.1 * (rows / max(1e-4, time.monotonic() - started) - self.rate)
 
-    def _fail(self, error: Exception, *jobs: Sequence[Job]) -> None:
+    def _fail(self, error: Exception, jobs: Sequence[Job]) -> None:
         """Tell all that is under way, and write from now on with a new decoder."""
-        for job in (*chain(*jobs), *self._writing.values()):
+        for job in (*jobs, *self._writing.values()):
             job.tell(error)
         self._writing.clear()
         self.decoder = self.engine.decoder()
@@ -203,6 +211,8 @@ class Worker:
                 else:  # whose fault it was
                     alone = [*together, *alone]
         for one in alone:
+            if one.cancelled:
+                continue
             try:
                 one.tell(one.run(self.engine))
             except Exception as error:

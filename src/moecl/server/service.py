@@ -20,7 +20,7 @@ from moecl.server.library import Library, Snapshot, expert
 from moecl.server.metrics import Metrics
 from moecl.server.pieces import Pieces
 from moecl.server.problems import ApiError, from_ours
-from moecl.server.queue import Answer, Reading, Routing, Text, Worker
+from moecl.server.queue import ALONE, ROWS, Answer, Reading, Routing, Text, Worker
 from moecl.server.schema import Classified, Message
 from moecl.server.settings import Settings
 from moecl.store import TaskRecord
@@ -28,6 +28,7 @@ from moecl.store import TaskRecord
 log = logging.getLogger("moecl.server")
 Row = str | Mapping[str, Any]
 Found = TypeVar("Found")
+Item = TypeVar("Item")
 Asked = Row | Sequence[Message]  # a prompt, or a chat
 
 
@@ -58,7 +59,8 @@ class Service:
     def __init__(self, library: Library, settings: Settings, metrics: Metrics) -> None:
         self.library, self.settings, self.metrics = library, settings, metrics
         self.worker = Worker(library.engine, settings.wait_ms / 1000, metrics)
-        self.rows = 0  # under way
+        self.rows = 0  # that are waited for
+        metrics.queue.set_function(lambda: self.rows + self.worker.abandoned)
         self._encoding = ThreadPoolExecutor(1, "encode")  # one: a tokenizer is not for several threads at once
         self._looking = asyncio.Lock()
         self._pieces = Pieces(library.engine.tokenizer)
@@ -79,11 +81,12 @@ class Service:
     async def stream(self, model: str, row: Asked, sampling: Sampling) -> AsyncGenerator[TaskRecord | Piece | Written]:
         """The record first, pieces of the text as they are written, at last the whole."""
         with self._room(1):
-            [begun] = await self._again(lambda now: self._begin(now, model, [row], sampling))
+            begun, found = await self._again(lambda now: self._first(now, model, row, sampling))
             try:
                 yield begun.record
-                while isinstance(found := await begun.job.answer(), Piece):
+                while isinstance(found, Piece):
                     yield found
+                    found = await begun.job.answer()
                 written = self._written(begun, found)
                 if written.completion is None:
                     yield Piece(written.text)
@@ -97,16 +100,14 @@ class Service:
         most = self.settings.queue
         if rows > most:
             raise DataError(f"{rows} texts, at most {most} can be asked at once; send fewer")
-        if self.rows + rows > most:
-            after = self.worker.retry_after(self.rows)
+        if (under_way := self.rows + self.worker.abandoned) + rows > most:
+            after = self.worker.retry_after(under_way)
             raise ApiError(429, "too many rows under way; ask again later", code="overloaded", retry_after=after)
         self.rows += rows
-        self.metrics.queue.set(self.rows)
         try:
             yield
         finally:
             self.rows -= rows
-            self.metrics.queue.set(self.rows)
 
     async def _again(self, ask: Callable[[Snapshot], Awaitable[Found]]) -> Found:
         """Ask the model as it is; once more where what it was made of has gone from the store meanwhile."""
@@ -150,6 +151,15 @@ class Service:
             for one in begun:
                 one.job.cancelled = True
 
+    async def _first(self, now: Snapshot, model: str, row: Asked, sampling: Sampling) -> tuple[Begun, Any]:
+        """A row, and the first thing that is told of it: until then it can be asked again."""
+        [begun] = await self._begin(now, model, [row], sampling)
+        try:
+            return begun, await begun.job.answer()
+        except BaseException:
+            begun.job.cancelled = True
+            raise
+
     async def _begin(self, now: Snapshot, model: str, rows: Sequence[Asked], sampling: Sampling) -> list[Begun]:
         texts = [row if isinstance(row, str | Mapping) else last_of_user(row) for row in rows]
         name = only_task((await self._names(now, model, texts))[0])
@@ -190,7 +200,7 @@ class Service:
         for place, text in enumerate(texts):
             if not text.strip():
                 raise DataError(f"row {place + 1}: the text is empty, and auto cannot tell its task; fill it in")
-        routes = await self._done(Routing(now.router.route, texts))
+        routes = [one for some in pieces(texts, ALONE) for one in await self._done(Routing(now.router.route, some))]
         return [route.task for route in routes], [dict(route.shares) for route in routes]
 
     def _record(self, now: Snapshot, name: str) -> TaskRecord:
@@ -206,9 +216,10 @@ class Service:
         return await loop.run_in_executor(self._encoding, now.engine.requests, rows, names, max_new_tokens)
 
     async def _read(self, requests: Sequence[Request], gates: bool) -> list[Answer]:
-        if not requests:
-            return []
-        found: list[Answer] = await self._done(Reading(requests, gates))
+        """Piece by piece: others get their turn between, and what nobody waits for any more is not begun."""
+        found: list[Answer] = []
+        for some in pieces(requests, ALONE if gates else ROWS):
+            found += await self._done(Reading(some, gates))
         for request in requests:
             self.metrics.answered(request.entry.task.name, 1, len(request.row.input_ids), 0)
         return found
@@ -242,6 +253,10 @@ class Service:
         while self.settings.reload_seconds:
             await asyncio.sleep(self.settings.reload_seconds)
             await self.reload()
+
+
+def pieces(rows: Sequence[Item], most: int) -> Iterator[Sequence[Item]]:
+    return (rows[start : start + most] for start in range(0, len(rows), most))
 
 
 def classified(
