@@ -158,9 +158,10 @@ class Bank(MutableMapping[str, Entry]):
         """The store whose tasks were taken."""
         return self._store
 
-    def copy_store(self, path: str | Path, base_id: str) -> Store | None:
-        """A copy of the store whose tasks were taken, as it was then; None where there was none. Raises StoreError."""
-        return None if self._store is None else self._store.copy_to(path, self._manifest, base_id)
+    def copy_into(self, made: Store) -> None:
+        """Put the store whose tasks were taken, as it was then, into one without tasks. Raises StoreError."""
+        if self._store is not None and self._manifest is not None:
+            self._store.copy_into(made, self._manifest)
 
     def __setitem__(self, name: str, entry: Entry) -> None:
         self._entries[name] = entry

@@ -318,15 +318,16 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         """
         address = (model_card_kwargs or {}).get("address")
         base_id = self.base_id if address is None else public_id(self.base_id)
-        store = self.bank.copy_store(save_directory, base_id)
-        store = store or Store.create(save_directory, self.base_info().model_copy(update={"id": base_id}))
-        held = [entry for entry in self.bank.values() if entry.held is not None]
-        if held or not store.manifest.begun:
-            self._take_up()
-            self._commit(store, held)
-        if address is not None:
-            store.commit(training=carried(store), what="save")
-        store.write_card(address=address)
+        base = self.base_info() if self.bank.store is None else self.bank.store.manifest.base
+        with Store.making(save_directory, base.model_copy(update={"id": base_id})) as store:
+            self.bank.copy_into(store)
+            held = [entry for entry in self.bank.values() if entry.held is not None]
+            if held or not store.manifest.begun:
+                self._take_up()
+                self._commit(store, held)
+            if address is not None:
+                store.commit(training=carried(store), what="save")
+            store.write_card(address=address)
 
     def _commit(self, store: Store, entries: Iterable[Entry]) -> None:
         """Add to a store tasks that are not in it yet, and the state for further learning."""

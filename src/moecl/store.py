@@ -37,6 +37,7 @@ from moecl.errors import StoreError
 __all__ = ["FORMAT", "LOG", "BaseInfo", "Manifest", "ObjectBytes", "Removed", "Store", "TaskRecord", "encode"]
 
 MANIFEST, LOCK, CARD = "manifest.json", ".lock", "README.md"
+DRAFT = ".manifest.json"  # of a store in the making
 FOLDERS = ("objects", "training", "tmp")
 ROUTER = "router"  # what the state for further learning calls the router's statistics
 
@@ -57,8 +58,9 @@ class Store:
 
     manifest: Manifest
 
-    def __init__(self, path: str | Path, *, readonly: bool = False) -> None:
+    def __init__(self, path: str | Path, *, readonly: bool = False, manifest: str = MANIFEST) -> None:
         self.path = Path(path)
+        self._manifest = self.path / manifest
         self.readonly = readonly
         self._threads = threading.RLock()
         self._locked = False
@@ -73,9 +75,36 @@ class Store:
     @classmethod
     def create(cls, path: str | Path, base: BaseInfo) -> Store:
         """A store without tasks, in a new or empty folder. Raises `StoreError`, `BusyError`."""
-        with _new(Path(path), Manifest(base=base)):
-            pass
-        return cls(path)
+        return cls._create(Path(path), base, MANIFEST)
+
+    @classmethod
+    @contextmanager
+    def making(cls, path: str | Path, base: BaseInfo) -> Iterator[Store]:
+        """As `create`, but the folder is a store only once all that is done here is done; else it may be made again."""
+        made = cls._create(Path(path), base, DRAFT)
+        with made.lock():
+            yield made
+            with one_line(made.path, StoreError):
+                os.replace(made._manifest, made.path / MANIFEST)
+                sync_folder(made.path)
+            made._manifest = made.path / MANIFEST
+
+    @classmethod
+    def _create(cls, path: Path, base: BaseInfo, manifest: str) -> Store:
+        with one_line(path, StoreError):
+            _refuse_occupied(path)
+            path.mkdir(parents=True, exist_ok=True)
+        with lock_file(path / LOCK, error=StoreError), one_line(path, StoreError):
+            _refuse_occupied(path)  # another may have been faster
+            _make_folders(path)
+            if (path / DRAFT).exists():  # the log tells of what came to nothing
+                (path / LOG).unlink(missing_ok=True)
+                (path / DRAFT).unlink()
+            sync_folder(path.parent)
+            data = Manifest(base=base).dump()
+            _audit.append(path, "create", [], {"base": base.model_dump()}, None, _sha256(data))
+            atomic_write(path / manifest, data, tmp=path / "tmp", error=StoreError)
+        return cls(path, manifest=manifest)
 
     @staticmethod
     def exists(path: str | Path) -> bool:
@@ -83,7 +112,7 @@ class Store:
 
     def refresh(self) -> bool:
         """Read the manifest again; whether it changed. Raises `StoreError`."""
-        path = self.path / MANIFEST
+        path = self._manifest
         try:
             data = path.read_bytes()
             manifest = parse_manifest(path, data)
@@ -339,27 +368,24 @@ class Store:
             card = model_card(self.manifest, sizes, result_markdown, address)
             atomic_write(path, card.encode(), tmp=self.path / "tmp", error=StoreError)
 
-    def copy_to(self, path: str | Path, manifest: Manifest | None = None, base_id: str | None = None) -> Store:
-        """A store of its own in a new or empty folder, with all versions, aliases and training state of `manifest`,
-        or of this store as it is; every object is hashed. The audit log begins anew. `base_id`: what the copy calls
-        the base.
+    def copy_into(self, made: Store, manifest: Manifest) -> None:
+        """Put all versions, aliases and training state of `manifest` into a store without tasks; objects are hashed.
 
         Raises `StoreError`, where something was removed meanwhile too.
         """
-        manifest = manifest or self.manifest
-        base = manifest.base.model_copy(update={"id": base_id or manifest.base.id})
-        manifest = manifest.model_copy(update={"base": base})
-        path = Path(path)
-        with _new(path, manifest):
+        manifest = manifest.model_copy(update={"base": made.manifest.base})
+        with made.lock(), one_line(made.path, StoreError):
             for digest in sorted(manifest.digests()):
-                _copy(self._object(digest), path, digest, manifest.users(digest))
+                made._take(self._object(digest), made._object(digest), digest, manifest.users(digest))
             for name, digest in manifest.training.items():
-                _copy(self._training(name, digest), path, digest, ["further learning"])
-        made = Store(path)
-        if (card := self.path / CARD).is_file():
-            with one_line(path, StoreError):
-                atomic_write(path / CARD, card.read_bytes(), tmp=path / "tmp", error=StoreError)
-        return made
+                made._take(self._training(name, digest), made._training(name, digest), digest, ["further learning"])
+            if (card := self.path / CARD).is_file():
+                atomic_write(made.path / CARD, card.read_bytes(), tmp=made.path / "tmp", error=StoreError)
+            made._replace_manifest("save", Edit(manifest, _versions.changes(made.manifest, manifest), {}))
+
+    def _take(self, source: Path, target: Path, digest: str, users: list[str]) -> None:
+        read_file(source, digest, lambda: in_words(users))
+        atomic_write(target, source.read_bytes(), tmp=self.path / "tmp", error=StoreError)
 
     def _object(self, digest: str) -> Path:
         return self.path / "objects" / f"{digest}.safetensors"
@@ -386,43 +412,16 @@ class Store:
     def _replace_manifest(self, what: str, edit: Edit) -> None:
         manifest = edit.manifest.model_copy(update={"format": FORMAT})
         data = manifest.dump()
-        manifest = parse_manifest(self.path / MANIFEST, data)  # never write what could not be read
+        manifest = parse_manifest(self._manifest, data)  # never write what could not be read
         sync_folder(self.path / "objects")  # what was found there may be a killed writer's
         sync_folder(self.path / "training")
         _audit.append(self.path, what, edit.changes, edit.detail, self._sha256, _sha256(data))
-        atomic_write(self.path / MANIFEST, data, tmp=self.path / "tmp", error=StoreError)
+        atomic_write(self._manifest, data, tmp=self.path / "tmp", error=StoreError)
         self.manifest, self._sha256 = manifest, _sha256(data)
 
     def _old_training(self) -> list[Path]:
         keep = {self._training(name, digest).name for name, digest in self.manifest.training.items()}
         return others(self.path / "training", keep)
-
-
-@contextmanager
-def _new(path: Path, manifest: Manifest) -> Iterator[None]:
-    """A new or empty folder, locked, that becomes a store with this manifest: written last, when all else is there.
-
-    What is cut short is no store, and its folder counts as empty.
-    """
-    with one_line(path, StoreError):
-        _refuse_occupied(path)
-        path.mkdir(parents=True, exist_ok=True)
-    with lock_file(path / LOCK, error=StoreError), one_line(path, StoreError):
-        _refuse_occupied(path)  # another may have been faster
-        _make_folders(path)
-        sync_folder(path.parent)
-        yield
-        data = manifest.model_copy(update={"format": FORMAT}).dump()
-        changes = _versions.changes(Manifest(base=manifest.base), manifest)
-        _audit.append(path, "create", changes, {"base": manifest.base.model_dump()}, None, _sha256(data))
-        atomic_write(path / MANIFEST, data, tmp=path / "tmp", error=StoreError)
-
-
-def _copy(source: Path, store: Path, digest: str, users: list[str]) -> None:
-    """An object or training state, hashed on the way, in the place that it has in another store."""
-    read_file(source, digest, lambda: in_words(users))
-    target = store / source.parent.name / source.name
-    atomic_write(target, source.read_bytes(), tmp=store / "tmp", error=StoreError)
 
 
 def _sha256(data: bytes) -> str:
@@ -437,8 +436,14 @@ def _make_folders(path: Path) -> None:
 def _refuse_occupied(path: Path) -> None:
     if Store.exists(path):
         raise StoreError(f"{path}: already a store; open it, or choose another folder")
-    if path.exists() and not (path.is_dir() and set(os.listdir(path)) <= {*FOLDERS, LOCK, LOG}):
+    if path.exists() and not (path.is_dir() and _unfinished(os.listdir(path))):
         raise StoreError(f"{path}: {_found(path)}; a store needs a new or empty folder")
+
+
+def _unfinished(names: Iterable[str]) -> bool:
+    """Whether a folder has nothing but what a killed maker of a store leaves."""
+    found = set(names)
+    return found <= {*FOLDERS, LOCK, LOG, *((DRAFT, CARD) if DRAFT in found else ())}
 
 
 def _found(path: Path) -> str:
@@ -452,6 +457,6 @@ def _found(path: Path) -> str:
     names = sorted(os.listdir(path))
     if not names:
         return "it is an empty folder"
-    if set(names) <= {*FOLDERS, LOCK, LOG}:
+    if _unfinished(names):
         return "it is a store without its manifest.json; copy it again, or start again what was making it"
     return f"it is a folder with {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
