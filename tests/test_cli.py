@@ -96,7 +96,7 @@ def test_help_of_train_lists_every_key(moecl):
         ("predict run --task x", "run: no such folder; give one that"),
         ("predict run --expert-memory 2 GB", "--expert-memory: '2' has no unit; write a number and a unit without a s"),
         ("eval run --expert-memory lots", "--expert-memory: 'lots' is no size; write a number and a unit"),
-        ("train s.yaml --expert-memory 0", "--expert-memory: '0' is not above 0; write a number"),
+        ("train s.yaml --expert-memory 0", "--expert-memory: '0' leaves no room; write a number"),
         ("learn run --task t.yaml --expert-memory 2PB", "--expert-memory: '2PB' has the unknown unit 'PB'; write"),
         ("serve run --kv-memory lots", "--kv-memory: 'lots' is no size; write a number and a unit"),
         ("init no/s.yaml", "no/s.yaml: no folder no; make it first"),

@@ -232,6 +232,7 @@ def test_a_store_without_a_run(moecl, run, tmp_path):
         (("promote", "RUN", "task"), "no task 'task'; the tasks are: task1, task0 (did you mean"),
         (("promote", "RUN", "task0", "--as", "Prod"), "task 'task0@Prod': behind @ stands a version"),
         (("promote", "RUN", "task0", "--as", "3"), "alias '3': is no alias but a version; begin it with a letter"),
+        (("promote", "RUN", "task0", "--as", "2", "--remove"), "alias '2': is no alias but a version; begin it with"),
         (("rollback", "RUN", "task0", "--to", "7"), "task 'task0' has no version 7; it has 1, 2"),
         (("rollback", "RUN", "task0", "--to", "0"), "Invalid value for '--to'"),
         (("retire", "RUN", "task0@2"), "task 'task0@2': give the task's name alone, 'task0'"),
@@ -249,8 +250,8 @@ def test_a_store_without_a_run(moecl, run, tmp_path):
             "--max-disagreement: 2 is no share; give a number from 0 to 1",
         ),
         (
-            ("export", "RUN", "task0", "-o", "x", "--as", "peft-expert", "--max-disagreement", ".1"),
-            "--max-disagreement 0.1: is for --as static-lora; a peft-expert is exact",
+            ("export", "RUN", "task0", "-o", "x", "--as", "peft-expert", "--max-disagreement", "0.02"),
+            "--max-disagreement 0.02: is for --as static-lora; a peft-expert is exact",
         ),
     ],
 )

@@ -379,6 +379,7 @@ def test_router_shows_and_sets_the_rate(run, moecl):
     assert moecl("router", run, "--fit")[0] == 0
     kept, was = ({k: v[0] for k, v in one.items() if k != "audit.jsonl"} for one in (contents(run / "store"), before))
     assert kept == was, "but for the line that tells of it"
+    assert [line.what for _, line in Store.open(run / "store").audit()][-2:] == ["router", "router"]
     assert "--false-accept: 1.5 is out of range" in moecl("router", run, "--false-accept", "1.5")[2]
     assert "not a run folder" in moecl("router", run / "store" / "objects")[2]
 

@@ -37,10 +37,10 @@ def test_sizes(text, count):
         ("2GB 3", "'2GB 3' is no size"),
         ("2 gigs", "'2 gigs' has the unknown unit 'gigs'"),
         ("2PB", "'2PB' has the unknown unit 'PB'"),
-        ("0", "'0' is not above 0"),
-        ("0.0GB", "'0.0GB' is not above 0"),
-        (0, "0 is not above 0"),
-        (-1, "-1 is not above 0"),
+        ("0", "'0' leaves no room; "),
+        ("0.0GB", "'0.0GB' leaves no room"),
+        (0, "0 leaves no room"),
+        (-1, "-1 leaves no room"),
     ],
 )
 def test_what_is_no_size_is_one_line(text, said):

@@ -37,7 +37,7 @@ def parse_size(value: str | int, field: str, zero: bool = False) -> int:
     if count < 0 and zero:
         raise ConfigError(f"{field}: {value!r:.60} is below 0; {REMEDY}")
     if count <= 0 and not zero:
-        raise ConfigError(f"{field}: {value!r:.60} is not above 0; {REMEDY}")
+        raise ConfigError(f"{field}: {value!r:.60} leaves no room; {REMEDY}")
     return count
 
 

@@ -41,9 +41,8 @@ def changes(before: Manifest, after: Manifest) -> list[Change]:
 
 def promoted(manifest: Manifest, reference: str, alias: str) -> Edit:
     """`NAME@alias` means the version that `reference` names. Raises TaskError."""
-    record, own = manifest.record(reference), f"alias {alias!r:.100}"
-    if parse_reference(f"{record.name}@{alias}").alias is None:
-        raise TaskError(f"{own}: is no alias but a version; begin it with a letter")
+    record = manifest.record(reference)
+    _check_alias(record.name, alias)
     aliases = dict(manifest.aliases.get(record.name, {}))
     before = manifest.record(record.name, aliases[alias]) if alias in aliases else None
     aliases[alias] = record.version
@@ -52,8 +51,7 @@ def promoted(manifest: Manifest, reference: str, alias: str) -> Edit:
 
 def unpromoted(manifest: Manifest, name: str, alias: str) -> Edit:
     """Take an alias away. Raises TaskError where there is none."""
-    if parse_reference(f"{name}@{alias}").alias is None:
-        raise TaskError(f"alias {alias!r:.100}: is no alias but a version; `moecl delete {name}@{alias}` deletes that")
+    _check_alias(name, alias)
     record = manifest.record(f"{name}@{alias}")
     aliases = {key: version for key, version in manifest.aliases[name].items() if key != alias}
     return Edit(_with_aliases(manifest, name, aliases), [change(name, record, None)], {"alias": alias})
@@ -130,6 +128,11 @@ def to_delete(manifest: Manifest, reference: str) -> list[TaskRecord]:
             f"(`moecl promote RUN {name} --as {aliases[0]} --remove`)"
         )
     return [record]
+
+
+def _check_alias(name: str, alias: str) -> None:
+    if parse_reference(f"{name}@{alias}").alias is None:
+        raise TaskError(f"alias {alias!r:.100}: is no alias but a version; begin it with a letter")
 
 
 def _bare(name: str) -> str:

@@ -32,7 +32,9 @@ def export(
     ] = None,
     max_disagreement: Annotated[
         float | None,
-        typer.Option("--max-disagreement", metavar="SHARE", help="For static-lora: of the validation rows; .02."),
+        typer.Option(
+            "--max-disagreement", metavar="SHARE", help="For static-lora: of the validation rows. [default: 0.02]"
+        ),
     ] = None,
     device: Device = "auto",
 ) -> int | None:
@@ -46,19 +48,19 @@ def export(
         raise ConfigError(f"--as: {kind!r} is none of {', '.join(KINDS)}{near(kind, KINDS)}")
     if max_disagreement is not None and kind != "static-lora":
         raise ConfigError(f"--max-disagreement {max_disagreement:g}: is for --as static-lora; a {kind} is exact")
-    max_disagreement = 0.02 if max_disagreement is None else max_disagreement
-    if not 0 <= max_disagreement <= 1:
-        raise ConfigError(f"--max-disagreement: {max_disagreement:g} is no share; give a number from 0 to 1")
+    most = 0.02 if max_disagreement is None else max_disagreement
+    if not 0 <= most <= 1:
+        raise ConfigError(f"--max-disagreement: {most:g} is no share; give a number from 0 to 1")
     if expert is not None and kind != "peft-expert":
         raise ConfigError(f"--expert {expert}: is for --as peft-expert; a {kind} has both")
     from moecl.using import exported
 
     with quietly(), err.status("exporting"):
-        parity, note = exported(run, task, output, kind, expert, max_disagreement, device)
+        parity, note = exported(run, task, output, kind, expert, most, device)
     if parity is not None:
         show(parity)
-        if 1 - parity.agreement > max_disagreement:
-            differ = f"{1 - parity.agreement:.1%} of the answers differ, --max-disagreement is {max_disagreement:.1%}"
+        if 1 - parity.agreement > most:
+            differ = f"{1 - parity.agreement:.1%} of the answers differ, --max-disagreement is {most:.1%}"
             say(err, f"moecl: refused: {differ}; allow more, or write one expert exactly with --as peft-expert")
             return REFUSED
     if note:

@@ -44,6 +44,17 @@ def test_what_tells_nothing_needs_no_key(server, path):
     assert "default-src 'none'" in answer.headers["content-security-policy"]
 
 
+def test_openais_client_may_ask_from_a_page(server):
+    headers = {
+        "Origin": "https://a.example",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang,x-stainless-retry-count",
+    }
+    assert server.client.options("/v1/chat/completions", headers=headers).status_code == 200
+    answer = server.client.get("/healthz", headers={"Origin": "https://a.example"})
+    assert answer.headers["access-control-expose-headers"] == "Retry-After, x-request-id"
+
+
 def test_pages_of_one_origin_may_ask(server):
     def allowed(origin: str) -> str | None:
         headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}

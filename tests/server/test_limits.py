@@ -302,6 +302,7 @@ def test_texts_are_logged_where_asked(store):
         (["--cors", "foo"], "--cors: 'foo' is no origin; give one as https://a.example, or *"),
         (["--thresholds", "nothing.json"], "nothing.json: No such file or directory; give the thresholds.json"),
         (["--max-body", "big"], "--max-body"),
+        (["--max-body", "0"], "--max-body: '0' leaves no room; write a number"),
     ],
 )
 def test_what_cannot_be_served(store, options, message, capsys):

@@ -297,6 +297,21 @@ def test_what_is_no_json(server):
         assert "JSON" in answer.json()["error"]["message"]
 
 
+def test_a_number_beyond_all_measure(server):
+    content = '{"model": "write", "prompt": "x", "seed": ' + "1" * 5001 + "}"
+    answer = server.client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    assert (answer.status_code, "at most 4,300 digits" in answer.json()["error"]["message"]) == (400, True)
+
+
+def test_the_log_names_versions(server, caplog):
+    caplog.set_level("INFO", "moecl.server")
+    for name in ("mood@1", "mood@9", "mood@prod", "nothing"):
+        server.post("/v1/classify", model=name, input="x")
+    assert server.client.get("/v1/models/mood@1").json()["id"] == "mood@1"
+    told = [record.fields for record in caplog.records if record.getMessage() == "request"]
+    assert [one["model"] for one in told if "model" in one] == ["mood@1", None, None, None]
+
+
 def test_other_paths_and_methods(server):
     nothing = server.client.get("/nothing").json()["error"]
     assert nothing["type"] == "not_found_error"

@@ -79,7 +79,7 @@ def create_app(library: Library, settings: Settings) -> FastAPI:
             CORSMiddleware,
             allow_origins=settings.origins,
             allow_methods=["*"],
-            allow_headers=["*"],  # OpenAI's client sends a dozen of its own
+            allow_headers=["*"],  # OpenAI's client sends some of its own
             expose_headers=["Retry-After", "x-request-id"],
         )
     return app
@@ -108,7 +108,7 @@ async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     allowed = (error.headers or {}).get("Allow", "")
     said = {
-        400: "the body is not JSON in UTF-8",
+        400: "the body is not JSON in UTF-8, with numbers of at most 4,300 digits",
         404: "nothing is at this address; /openapi.json lists those that there are",
         405: f"{request.method} is not for this address; use {allowed}",
     }
@@ -163,7 +163,7 @@ async def models(request: Request) -> Models:
 @api.get("/v1/models/{model}", tags=["openai"])
 async def model(request: Request, model: str) -> Model:
     now = service_of(request).library.now
-    if model not in now.names:
+    if not now.knows(model):
         now.record(model)
     return Model(id=model, created=now.created)
 
@@ -269,10 +269,9 @@ async def run(request: Request) -> Run:
 
 
 def told(request: Request, model: str, rows: int, texts: Any) -> None:
-    """For the log. The model only where it is one of ours, by whatever name."""
+    """For the log. The model only where it is one of ours."""
     now = service_of(request).library.now
-    known = model == AUTO or now.knows(model)
-    request.state.told.update(model=model if known else None, rows=rows, texts=texts)
+    request.state.told.update(model=model if now.knows(model) else None, rows=rows, texts=texts)
 
 
 # For those who run it

@@ -41,11 +41,12 @@ class Snapshot:
         return self.store.record(name)
 
     def knows(self, name: str) -> bool:
-        """Whether it is a task's, with or without a version or an alias."""
+        """Whether it can be asked: one of `names`, or a version."""
         try:
-            return bool(self.record(name))
+            self.record(name)
         except TaskError:
-            return False
+            return name in self.names  # auto
+        return True
 
     @property
     def names(self) -> list[str]:
