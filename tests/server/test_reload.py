@@ -179,7 +179,9 @@ def test_what_cannot_be_read_leaves_the_old_model_serving(store, tiny_folder):
     with live(store, reload_seconds=0.02) as server:
         manifest = store / "manifest.json"
         kept = manifest.read_bytes()
-        manifest.write_bytes(b"{")
+        broken = store / "tmp" / "broken"
+        broken.write_bytes(b"{")
+        broken.replace(manifest)  # at once: a look at half of it would be a failure of its own
         until(lambda: 'moecl_reloads_total{outcome="failed"} 1.0' in server.client.get("/metrics").text)
         assert version(server, "mood") == 1
         manifest.write_bytes(kept)

@@ -15,7 +15,6 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from moecl.config import AUTO
 from moecl.errors import MoECLError
 from moecl.generation import Sampling
 from moecl.server import spoken
