@@ -200,7 +200,7 @@ def test_a_close_race_is_called_so(tmp_path):
     said = page(make([folder])).said
     assert "moe-cl is not shown to be better" in said
     assert "is level with it (95% interval 0.0 to 0.0 points, p = 1)" in said
-    assert "Only one order was run." in said
+    assert "Both ran one order only." in said
 
 
 def altered(folder: Path, id: str, **changes) -> None:

@@ -96,7 +96,7 @@ def _orders(first: Standing, rival: Comparison) -> str:
     ahead = [order for order, one in known.items() if one.mean > 0]
     clear = [order for order in ahead if (sure := known[order].sure) is not None and sure.low > 0]
     if len(known) < 2:
-        return "Only one order was run."
+        return "Both ran one order only."
     counted = f"{'each' if len(ahead) == len(known) else len(ahead)} of {len(known)} orders"
     outside = f", outside the interval in {len(clear)}" if any(one.sure for one in known.values()) else ""
     return f"It leads in {counted}{outside}."
