@@ -16,7 +16,7 @@ from moecl.report.bench import sections
 from moecl.report.page import Figure, Page, Section, markdown
 from moecl.report.read import Bench, read
 from moecl.review_measure import Change, Review
-from moecl.review_tables import against_table
+from moecl.review_tables import against_table, slipped_most
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -143,7 +143,8 @@ def reviews(bench: Path) -> Iterator[str]:
             )
             yield f"#### What needs no human\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}"
         found.setdefault((a.split(".")[0], b.split(".")[0]), []).append(against.total)
-        yield f"| {' | '.join((a, b, *against_table(against, a, b).lines[-1].cells[1:]))} |"
+        slipped = " ".join(slipped_most(against.total)[:2]) + f", {slipped_most(against.total)[2]}"
+        yield f"| {' | '.join((a, b, *against_table(against, a, b).lines[-1].cells[1:], slipped))} |"
     for (a, b), changes in found.items():
         rates = [f"{100 * fmean(getattr(change, side).stripping_rate for change in changes):.1f} %" for side in "ab"]
         points = 100 * fmean(change.difference for change in changes)

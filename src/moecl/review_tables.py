@@ -26,8 +26,8 @@ class Table:
 
 def tables(review: Review, a: str = "A", b: str = "B") -> list[Table]:
     """What was decided, A against B where there is a B, calibration; `a` and `b` are the runs' names."""
-    found = [decided_table(review), calibration_table(review)]
-    return [*found[:1], against_table(review.against, a, b), *found[1:]] if review.against else found
+    versus = [] if review.against is None else [against_table(review.against, a, b), slipped_table(review.against)]
+    return [decided_table(review), *versus, calibration_table(review)]
 
 
 def asked(target: Target) -> str:
@@ -81,17 +81,19 @@ def _of_class(label: str, found: ClassReview, level: str) -> Line:
 
 
 def against_table(against: Against, a: str, b: str) -> Table:
-    columns = (
-        "task",
-        "rate\nA",
-        "rate\nB",
-        "A - B in points\n(95 %)",
-        "saved\nin 1000",
-        "precision\nA, B",
-        "slipped most\nA, B",
-    )
-    changes = {**against.tasks, **({TOTAL: against.total} if len(against.tasks) > 1 else {})}
-    return Table(f"A {a} against B {b}", columns, [_change(name, found) for name, found in changes.items()])
+    columns = ("task", "rate\nA", "rate\nB", "A - B in points\n(95 %)", "saved\nin 1000", "precision\nA, B")
+    lines = [_change(name, found) for name, found in _changes(against).items()]
+    return Table(f"A {a} against B {b}", columns, lines)
+
+
+def slipped_table(against: Against) -> Table:
+    """Fewer reviews are no gain where more slips: the class of which the greatest share does, on either side."""
+    lines = [Line((name, *slipped_most(found))) for name, found in _changes(against).items()]
+    return Table("The class that slips most", ("task", "class", "A", "B"), lines)
+
+
+def _changes(against: Against) -> dict[str, Change]:
+    return {**against.tasks, **({TOTAL: against.total} if len(against.tasks) > 1 else {})}
 
 
 def _change(name: str, found: Change) -> Line:
@@ -99,18 +101,21 @@ def _change(name: str, found: Change) -> Line:
     difference = f"{100 * found.difference:+.1f} ({100 * low:+.1f}, {100 * high:+.1f})"
     rates = [percent(one.stripping_rate) for one in (found.a, found.b)]
     precisions = ", ".join(show(one.precision) for one in (found.a, found.b))
-    return Line((name, *rates, difference, f"{found.saved_per_1000:.0f}", precisions, slipped_most(found)))
+    return Line((name, *rates, difference, f"{found.saved_per_1000:.0f}", precisions))
 
 
-def slipped_most(found: Change) -> str:
-    """The class of which the greatest share passes as another on either side: fewer reviews are no gain by that."""
+def slipped_most(found: Change) -> tuple[str, str, str]:
+    """A class, and of its rows the share that is decided as another by A and by B."""
     rates = {
         label: [side.classes[label].slip_rate for side in (found.a, found.b)]
         for label in found.a.classes
         if label in found.b.classes
     }
     worst = max(rates, key=lambda label: max(rate or 0.0 for rate in rates[label]), default=None)
-    return "-" if worst is None else f"{worst} {', '.join(percent(rate) for rate in rates[worst])}"
+    if worst is None:
+        return "-", "-", "-"
+    first, second = rates[worst]
+    return worst, percent(first), percent(second)
 
 
 def calibration_table(review: Review) -> Table:
