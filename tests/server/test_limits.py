@@ -131,6 +131,16 @@ def test_rows_that_the_model_is_still_at_count(store):
         assert "moecl_queue_rows 0.0" in server.client.get("/metrics").text
 
 
+def test_rows_that_are_answered_count_no_more(store, monkeypatch):
+    with live(store, queue=1) as server:
+        worker, on = server.service.worker, threading.Event()
+        monkeypatch.setattr(worker, "_step", on.wait)  # the model's thread is not done with its round
+        assert asked(server).status_code == 200
+        assert worker.abandoned == 0
+        assert "moecl_queue_rows 0.0" in server.client.get("/metrics").text
+        on.set()
+
+
 def test_a_long_text_in_a_stream_is_given_up(store):
     with live(store, timeout=0.5) as server:
         slow = server.service.worker.decoder.step

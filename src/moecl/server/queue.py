@@ -28,11 +28,12 @@ class Job:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.told: asyncio.Queue[Any] = asyncio.Queue()
-        self.cancelled = False
+        self.cancelled = self.ended = False
         self.begun = time.monotonic()
 
     def tell(self, what: Any) -> None:
         """From the model's thread."""
+        self.ended = not isinstance(what, Piece)  # before anybody can hear of it
         try:
             self.loop.call_soon_threadsafe(self.told.put_nowait, what)
         except RuntimeError:  # the loop is closed: nobody waits
@@ -121,7 +122,7 @@ class Worker:
     @property
     def abandoned(self) -> int:
         """Rows that the thread is at though nobody waits for them any more."""
-        return sum(job.rows for job in self._running if job.cancelled)
+        return sum(job.rows for job in self._running if job.cancelled and not job.ended)
 
     def submit(self, job: Job) -> None:
         with self._news:
