@@ -143,8 +143,9 @@ def reviews(bench: Path) -> Iterator[str]:
             )
             yield f"#### What needs no human\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}"
         found.setdefault((a.split(".")[0], b.split(".")[0]), []).append(against.total)
-        slipped = " ".join(slipped_most(against.total)[:2]) + f", {slipped_most(against.total)[2]}"
-        yield f"| {' | '.join((a, b, *against_table(against, a, b).lines[-1].cells[1:], slipped))} |"
+        worst, of_a, of_b = slipped_most(against.total)
+        cells = against_table(against, a, b).lines[-1].cells[1:]
+        yield f"| {' | '.join((a, b, *cells, f'{worst} {of_a}, {of_b}'))} |"
     for (a, b), changes in found.items():
         rates = [f"{100 * fmean(getattr(change, side).stripping_rate for change in changes):.1f} %" for side in "ab"]
         points = 100 * fmean(change.difference for change in changes)

@@ -169,22 +169,14 @@ def test_a_failed_cell_stops_nothing_and_is_tried_again(tmp_path, tiny_folder):
     assert bench.failed() == []
 
 
-def test_all_cells_are_tested_on_the_same_rows(tmp_path, tiny_folder):
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_a_methods_cells_have_the_same_rows(tmp_path, tiny_folder, split):
     config = tiny_bench(tmp_path, tiny_folder, seeds=[0, 1])
     run_here(config, tmp_path / "out", seeds=[0])
-    rows = tmp_path / "task1.test.jsonl"
+    rows = tmp_path / f"task1.{split}.jsonl"
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
     bench, _ = run_here(config, tmp_path / "out")
-    assert "its test rows of task 'task1' are not those of moe-cl.stream.s0" in str(bench.cells[1].reason)
-
-
-def test_a_methods_cells_are_trained_on_the_same_rows(tmp_path, tiny_folder):
-    config = tiny_bench(tmp_path, tiny_folder, seeds=[0, 1])
-    run_here(config, tmp_path / "out", seeds=[0])
-    rows = tmp_path / "task1.train.jsonl"
-    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
-    bench, _ = run_here(config, tmp_path / "out")
-    assert "its train rows of task 'task1' are not those of moe-cl.stream.s0" in str(bench.cells[1].reason)
+    assert f"its {split} rows of task 'task1' are not those of moe-cl.stream.s0" in str(bench.cells[1].reason)
 
 
 def test_a_stopped_bench_goes_on(tmp_path, tiny_folder):

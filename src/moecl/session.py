@@ -103,15 +103,11 @@ class Session:
         return course
 
     def _check_rows(self) -> None:
-        """Raises where rows of several tasks would meet in a batch, or be missing in it, that must not."""
+        """Raises where rows of several tasks would meet in a batch that must not."""
         method = self.config.method
         if method.keeps_rows and any(course.task.head == "classifier" for course in self.courses):
             raise ConfigError(
                 f"method: {method.name} trains on rows of several tasks at once, which need one head; set head: lm"
-            )
-        if method.learns_together and len({course.data is None for course in self.courses}) > 1:
-            raise RunError(
-                f"{self.folder.path}: {method.name} learns all tasks at once; run the stream again elsewhere (-o)"
             )
 
     def _read_again(self, config: TaskConfig, task: Task, name: str, what: str) -> Scored | None:

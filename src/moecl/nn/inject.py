@@ -243,7 +243,7 @@ def _read(head: nn.Module, forward: Forward, hidden_states: Tensor) -> Tensor:
     call = current_call()
     if call is None or call.tokens is None:
         return cast(Tensor, forward(hidden_states))
-    if type(head) is not nn.Linear:
+    if type(head) is not nn.Linear or (head.weight.dtype == torch.float32 and isinstance(call.tokens, slice)):
         return cast(Tensor, forward(hidden_states)[..., call.tokens].float())
     weight, bias = head.weight[call.tokens], None if head.bias is None else head.bias[call.tokens].float()
     x = hidden_states.float()

@@ -101,21 +101,22 @@ def standings(bench: Bench) -> list[Standing]:
     return sorted(all_of_them, key=lambda one: -1.0 if one.mean is None else one.mean, reverse=True)
 
 
+def gap(a: Standing, b: Standing, seed: int | None = None) -> float | None:
+    """How far `a` is ahead of `b` on the cells that both have, or on those of one seed; None where there is none."""
+    common = sorted(place for place in a.results.keys() & b.results.keys() if seed in (None, place[1]))
+    means = [mean([last_row(one.results[place]) for place in common]) for one in (a, b)]
+    return None if means[0] is None or means[1] is None else round(means[0] - means[1], 12)
+
+
 def compare(a: Standing, b: Standing) -> Comparison | None:
     """a less b on the cells that both have; None where there is none."""
-    common = sorted(a.results.keys() & b.results.keys())
-    sides = [[one.results[place] for place in common] for one in (a, b)]
-    means = [mean([last_row(result) for result in side]) for side in sides]
-    if means[0] is None or means[1] is None:
+    if (ahead := gap(a, b)) is None:
         return None
-    cells = [items(side) for side in sides]
+    common = sorted(a.results.keys() & b.results.keys())
+    cells = [items([one.results[place] for place in common]) for one in (a, b)]
     sure = stats.paired(cells[0], cells[1]) if cells[0] and cells[1] else None
-    by_seed = {}
-    for seed in sorted({seed for _, seed in common}):
-        own = [mean([last_row(one.results[place]) for place in common if place[1] == seed]) for one in (a, b)]
-        if own[0] is not None and own[1] is not None:
-            by_seed[seed] = round(own[0] - own[1], 12)
-    return Comparison(b, len(common), round(means[0] - means[1], 12), sure, by_seed)
+    gaps = {seed: gap(a, b, seed) for seed in sorted({seed for _, seed in common})}
+    return Comparison(b, len(common), ahead, sure, {seed: own for seed, own in gaps.items() if own is not None})
 
 
 def leader(found: Sequence[Standing]) -> Standing | None:
@@ -127,7 +128,7 @@ def leader(found: Sequence[Standing]) -> Standing | None:
     most = max((len(one.results) for one in free), default=0)
     contenders = sorted((one for one in free if 2 * len(one.results) >= most), key=lambda one: -len(one.results))
     for one in contenders:
-        gaps = [compared.mean for other in contenders if other is not one and (compared := compare(one, other))]
+        gaps = [ahead for other in contenders if other is not one and (ahead := gap(one, other)) is not None]
         if gaps and min(gaps) >= 0:
             return one
     return next(iter(contenders), None)
