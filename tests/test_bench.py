@@ -294,9 +294,59 @@ def test_a_choice_is_made_once(tmp_path, tiny_folder):
     run_here(config, tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "trials")
     assert run_here(config, tmp_path / "out")[1].did == []
-    more = write_bench(tmp_path, tiny_folder, tune={**TUNED, "trials": 1})
+    less = write_bench(tmp_path, tiny_folder, tune={**TUNED, "trials": 1})
     with pytest.raises(RunError, match=r"tune of moe-cl\.trials has 1 entries, it had 2"):
-        run_here(load_bench(more), tmp_path / "out")
+        run_here(load_bench(less), tmp_path / "out")
+
+
+GROWN = {**TUNED, "trials": 4, "search": {"train.lr": [0.02, 0.05, 0.1, 0.2]}}
+
+
+@pytest.mark.usefixtures("scored")
+def test_a_grid_may_grow(tmp_path, tiny_folder):
+    out = tmp_path / "out"
+    run_here(tiny_bench(tmp_path, tiny_folder, tune=TUNED), out)
+    grown = load_bench(write_bench(tmp_path, tiny_folder, tune=GROWN))
+    bench, pool = run_here(grown, out)
+    assert pool.did == ["moe-cl.trial3", "moe-cl.trial4"]
+    assert statuses(bench) == {"moe-cl.stream.s0": "done"}
+    tuned = record(out)["methods"]["moe-cl"]["tuned"]
+    assert tuned["chosen"] == {"train.lr": 0.05}
+    assert [one["settings"] for one in tuned["trials"]][:2] == [{}, {"train.lr": 0.05}]
+    assert sorted(one["settings"]["train.lr"] for one in tuned["trials"][2:]) == [0.1, 0.2]
+    assert run_here(grown, out)[1].did == []
+
+
+def test_a_grown_grid_that_chooses_anew_tells_which_cells_to_remove(tmp_path, tiny_folder, monkeypatch):
+    out = tmp_path / "out"
+    best = {"trial": "trial2"}
+    monkeypatch.setattr(bench_module, "validation_score", lambda result: 0.9 if best["trial"] in result.name else 0.4)
+    run_here(tiny_bench(tmp_path, tiny_folder, tune=TUNED), out)
+    best["trial"] = "trial4"
+    grown = load_bench(write_bench(tmp_path, tiny_folder, tune=GROWN))
+    bench, pool = run_here(grown, out)
+    assert pool.did == ["moe-cl.trial3", "moe-cl.trial4"]
+    assert "train.lr is 0" in bench.cells[0].reason
+    assert "remove what was run so: cells/moe-cl.stream.s0" in bench.cells[0].reason
+    assert record(out)["methods"]["moe-cl"]["tuned"]["chosen"] == {"train.lr": 0.05}
+    with pytest.raises(RunError, match="remove what was run so"):
+        Bench(grown, out)
+    shutil.rmtree(out / "cells" / "moe-cl.stream.s0")
+    bench, pool = run_here(grown, out)
+    assert pool.did == ["moe-cl.stream.s0"]
+    assert bench.cells[0].stream.train.lr != 0.05
+
+
+@pytest.mark.usefixtures("scored")
+def test_a_grown_grid_that_is_cut_off_goes_on(tmp_path, tiny_folder):
+    out = tmp_path / "out"
+    run_here(tiny_bench(tmp_path, tiny_folder, tune=TUNED), out)
+    grown = load_bench(write_bench(tmp_path, tiny_folder, tune=GROWN))
+    Bench(grown, out).save()  # as where it stops before the first new trial is over
+    assert record(out)["methods"]["moe-cl"]["tuned"]["chosen"] == {"train.lr": 0.05}
+    bench, pool = run_here(grown, out)
+    assert pool.did == ["moe-cl.trial3", "moe-cl.trial4"]
+    assert statuses(bench) == {"moe-cl.stream.s0": "done"}
 
 
 @pytest.mark.usefixtures("scored")

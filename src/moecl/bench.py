@@ -111,7 +111,8 @@ class Bench:
             return []
         order = next(iter(self.config.orders.values()))
         found = []
-        for number, settings in enumerate(trial_settings(self.config, tune, label), 1):
+        tried = (self._recorded(label).get("tune") or {}).get("trials", [])
+        for number, settings in enumerate(trial_settings(self.config, tune, label, tried), 1):
             id = f"{slug(label)}.trial{number}"
             stream = trial_stream(self.config, tune, label, settings)
             folder = self.out / "trials" / slug(label) / str(number)
@@ -125,11 +126,21 @@ class Bench:
         return stream.model_copy(update={"name": name, "train": train, "tasks": [tasks[one] for one in order]})
 
     def _check_tune(self, label: str) -> None:
-        """What was tried before must be what is tried now, once a trial or a cell is there."""
-        known = self.record.get("methods", {}).get(label)
+        """Once a trial or a cell is there, what was tried before must be tried now too; more may be."""
+        known, now = self._recorded(label).get("tune"), self._tune(label)
         jobs = [job for job in (*self.trials[label], *self.cells) if job.label == label and job.started()]
-        if jobs and known and (changes := differences(known["tune"], self._tune(label), f"tune of {label}")):
+        if known and now:
+            now["trials"] = [*now["trials"][: len(known["trials"])]]
+        if jobs and self._recorded(label) and (changes := differences(known, now, f"tune of {label}")):
             raise refuse(self.out, changes, jobs)
+
+    def _recorded(self, label: str) -> dict[str, Any]:
+        """What bench.json said of a method when this bench was opened."""
+        found: dict[str, Any] = self.record.get("methods", {}).get(label, {})
+        return found
+
+    def _begun(self, label: str) -> bool:
+        return any(cell.started() for cell in self.cells if cell.label == label)
 
     def _all_trials(self) -> Iterator[Trial]:
         return (trial for trials in self.trials.values() for trial in trials)
@@ -169,17 +180,26 @@ class Bench:
         if all(trial.status == "done" or trial.kind == "TrainingError" for trial in self.trials[label]):
             found = [{"settings": one.settings, "score": one.score, "reason": one.reason} for one in self.trials[label]]
             if any(trial["score"] is not None for trial in found):
-                self.tuned[label] = {"trials": found, "chosen": chosen(found)}
-                self._adopt(label)
+                self._choose(label, {"trials": found, "chosen": chosen(found)})
+
+    def _choose(self, label: str, choice: dict[str, Any]) -> None:
+        """Take a choice; not where cells were run with another, of a smaller grid. Raises RunError then."""
+        self.tuned[label] = choice
+        try:
+            self._adopt(label)
+        except RunError:
+            del self.tuned[label]
+            raise
 
     def _known_choice(self, label: str) -> dict[str, Any] | None:
-        """The choice of an earlier start, unless the plain settings changed, or grew, before any cell was run."""
-        method = self.record.get("methods", {}).get(label, {})
+        """The choice of an earlier start, unless its grid grew, or the plain settings changed before a cell was run."""
+        method = self._recorded(label)
         if self.config.tune is None or (known := method.get("tuned")) is None:
             return None
+        if len(known["trials"]) < len(self.trials[label]):
+            return None
         now = self._described(label, self.config.stream_of(label, known["chosen"]))
-        begun = any(cell.started() for cell in self.cells if cell.label == label)
-        return dict(known) if begun or method["stream"] == now else None
+        return dict(known) if self._begun(label) or method["stream"] == now else None
 
     def _take_up(self, trial: Trial) -> None:
         assert trial.stream is not None
@@ -397,11 +417,14 @@ class Bench:
         }
 
     def _method_record(self, label: str, stream: dict[str, Any]) -> dict[str, Any]:
+        tuned = self.tuned.get(label)
+        if label not in self.tuned and self._begun(label) and (before := self._recorded(label)):
+            tuned, stream = before["tuned"], before["stream"]  # its cells are those of the smaller grid's choice
         return {
             "method": self.config.method(label),
             "settings": {key: value for key, value in stream["method"].items() if key != "name"},
             "tune": self._tune(label),
-            "tuned": self.tuned.get(label),
+            "tuned": tuned,
             "trained_parameters": self.parameters.get(label),
             "stream": stream,
         }

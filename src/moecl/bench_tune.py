@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from moecl._yaml import show
@@ -14,8 +15,12 @@ from moecl.results import Result
 MOST_DRAWN = 1000  # combinations looked at, of a grid that may be of any size
 
 
-def trial_settings(config: BenchConfig, tune: TuneConfig, label: str) -> list[dict[str, Any]]:
+def trial_settings(
+    config: BenchConfig, tune: TuneConfig, label: str, tried: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
     """What each trial of a method changes: nothing in the first, then combinations drawn from the grid of its search.
+
+    What was `tried` before and is still in the grid comes first, in its order: a grid may grow.
 
     Raises:
         ConfigError: a value is wrong, or the grid has too few combinations that differ.
@@ -27,7 +32,8 @@ def trial_settings(config: BenchConfig, tune: TuneConfig, label: str) -> list[di
             config.stream_of(label, {key: value})  # refuses a wrong one before anything runs
     found: list[dict[str, Any]] = [{}]
     seen = [plain]
-    for changes in _drawn(search, tune.seed):
+    again = (dict(changes) for changes in tried if all(value in search.get(key, ()) for key, value in changes.items()))
+    for changes in chain(again, _drawn(search, tune.seed)):
         if len(found) == tune.trials:
             break
         if (stream := config.stream_of(label, changes)) not in seen:
