@@ -21,6 +21,7 @@ from moecl.review_tables import against_table, slipped_most
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 MARK = "<!-- {}{} -->"
+BENCHES = ("mtl5", "compliance3", "ablations")
 QUALITY = ("", "Methods", "Who is ahead", "By task", "What was tuned")  # of a bench's report; the rest is its protocol
 
 Result = dict[str, Any]
@@ -117,7 +118,8 @@ def machines(results: Sequence[Result]) -> Iterator[str]:
 
 def quality(folder: Path = RESULTS / "quality") -> str:
     """What `moecl report` says of each bench that has a finished cell, and what reviews of its cells came to."""
-    found = {path.parent: read(path.parent) for path in sorted(folder.glob("*/bench.json"))}
+    folders = [folder / name for name in BENCHES if (folder / name / "bench.json").is_file()]
+    found = {where: read(where) for where in folders}
     benches = {where: bench for where, bench in found.items() if isinstance(bench, Bench) and bench.results}
     parts = [part for where, bench in benches.items() for part in (of_bench(bench), "\n".join(reviews(where)))]
     return "\n\n".join(filter(None, parts)) or "Nothing is measured yet."

@@ -327,7 +327,8 @@ def _tuning(bench: Bench) -> Iterator[Block]:
     tuned = {label: method.tuned for label, method in bench.methods.items() if method.tuned}
     if not tuned:
         yield Text("No trials were run here: every method ran with the settings below.")
-    own, rows = _own(bench), []
+    common, own = _apart(bench)
+    rows = []
     for label, method in bench.methods.items():
         trials = method.tuned.trials if method.tuned else []
         best = max((trial.score for trial in trials if trial.score is not None), default=None)
@@ -336,7 +337,7 @@ def _tuning(bench: Bench) -> Iterator[Block]:
             [
                 label,
                 method.method,
-                settings(_unusual(method) | own[label]),
+                settings(own[label]),
                 str(len(trials)),
                 chosen,
                 score(best) if trials else "-",
@@ -347,8 +348,26 @@ def _tuning(bench: Bench) -> Iterator[Block]:
         same = len(budgets) == 1 and len(tuned) == len(bench.methods)
         many = f"{several(budgets.pop(), 'trial')} of each method" if same else "Not as many trials of each method"
         yield Text(f"{many} were scored on validation rows; the best is what its cells ran with.")
+    if common:
+        yield Text(f"Where the table says nothing else: {settings(common)}.")
     columns = ["label", "method", "settings", "trials", "chosen", "validation score of the chosen"]
     yield Table("Settings of each method, where not the default", columns, rows, words=(1, 2, 4))
+
+
+def _apart(bench: Bench) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What is told of most methods, but not of all or not as their default; and of each what is not so."""
+    own = _own(bench)
+    told = {label: _unusual(method) | own[label] for label, method in bench.methods.items()}
+    common = {}
+    for key in {key: None for one in told.values() for key in one}:
+        values = [repr(one.get(key)) for one in told.values()]
+        usual = max(values, key=values.count)
+        if values.count(usual) > max(1, len(values) / 2) and all(key in one for one in told.values()):
+            common[key] = next(one[key] for one in told.values() if repr(one[key]) == usual)
+    return common, {
+        label: {key: value for key, value in one.items() if key not in common or repr(common[key]) != repr(value)}
+        for label, one in told.items()
+    }
 
 
 def _own(bench: Bench) -> dict[str, dict[str, Any]]:
