@@ -194,11 +194,17 @@ def test_overrides_follow_each_other_and_open_what_is_not_there() -> None:
 # preset: paper
 
 
+def paper_train(**given: Any) -> TrainConfig:
+    paper = {"lr": 2e-4, "weight_decay": 0.01, "batch_size": 8, "epochs": 3}
+    code = {"schedule": "constant", "warmup_ratio": 0, "max_grad_norm": 0, "evals_per_epoch": 3}
+    return TrainConfig(**{**paper, **code, **given})
+
+
 def test_the_preset_is_the_paper() -> None:
     stream = load_stream(write(PAPER))
     assert stream.method == MoECLConfig.paper()
     assert stream.head == "classifier"
-    assert stream.train == TrainConfig(lr=2e-4, weight_decay=0.01, batch_size=8, epochs=3)
+    assert stream.train == paper_train()
     assert MoECLConfig.paper() == MoECLConfig(
         rank=8,
         lora_alpha=16.0,
@@ -218,14 +224,14 @@ def test_given_keys_win_over_the_preset() -> None:
     stream = load_stream(write(text), ["train.batch_size=2"])
     assert stream.head == "lm"
     assert stream.method == MoECLConfig.paper().model_copy(update={"dropout": 0.0, "rank": 4})
-    assert stream.train == TrainConfig(lr=2e-4, weight_decay=0.01, batch_size=2, epochs=1)
+    assert stream.train == paper_train(batch_size=2, epochs=1)
 
 
 def test_the_preset_in_python() -> None:
     task = TaskConfig(name="a", kind="classification", train="a.jsonl")
     stream = StreamConfig(base="x", preset="paper", method=MoECLConfig(rank=2), train=TrainConfig(lr=1), tasks=[task])
     assert stream.method == MoECLConfig.paper().model_copy(update={"rank": 2})
-    assert stream.train == TrainConfig(lr=1, weight_decay=0.01, batch_size=8, epochs=3)
+    assert stream.train == paper_train(lr=1)
 
 
 # Other methods

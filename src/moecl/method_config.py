@@ -195,7 +195,7 @@ class OSFTConfig(MethodConfig):
     name: Literal["osft"] = Field(default="osft", description="the method's name in the registry")
     preserved: float = Field(
         default=0.5,
-        gt=0,
+        ge=0,
         lt=1,
         description="share of the singular directions kept while the first task is learned; it grows to 1",
     )

@@ -8,7 +8,8 @@ directions task t (from 1) keeps
     k_t = r (preserved + (1 - preserved) (t - 1) / t)
 
 so that what may move shrinks as tasks come. The schedule is ours: the paper derives k a layer from how alike its input
-and output are, PEFT's tuner takes one number. Trains: the low directions of the adapted FFNs, and the head. Stores: one
+and output are, PEFT's tuner takes one number and its documentation advises 0 for the first task, (t - 1) / T later,
+which wants to know T. Trains: the low directions of the adapted FFNs, and the head. Stores: one
 set of weights for all tasks. Needs no task id.
 """
 

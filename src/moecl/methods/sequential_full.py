@@ -1,4 +1,4 @@
-"""Sequential full fine-tuning, the MoE-CL paper's FT-F: the adapted FFNs' own weights, on task after task.
+"""Sequential full fine-tuning of the adapted FFNs, task after task; the MoE-CL paper's FT-F trains all weights.
 
 `y = W_d' act(W_g' x) * (W_u' x)`, W' from the base's W. It has the most freedom to learn, and to forget. Trains: every
 weight of the adapted FFNs, and the head. Stores: one set of weights for all tasks, as it is after the last. Needs no

@@ -110,15 +110,15 @@ def _beside(found: Sequence[Standing]) -> Iterator[Text]:
     """What stands outside the race: the bound, and methods that keep data."""
     first = ranking.leader(found)
     for one in found:
-        versus = compare(first, one) if first else None
-        if one.rehearsal_free or versus is None:
+        if first is None or one.rehearsal_free or (versus := compare(first, one)) is None:
             continue
         how = KEEPS_DATA[one.method]
+        on = f" on the {several(versus.cells, 'cell')} that both have" if versus.cells < len(first.results) else ""
         what = "the bound, no rival" if one.method == BOUND else "not rehearsal-free"
         sure = f" (95% interval {_points(versus.sure, versus.mean < 0)})" if versus.sure else ""
         yield Text(
-            f"{one.label} ({what}: {how}) reaches {score(one.mean)}; {first.label if first else ''} is "
-            f"{points(versus.mean)} {'above' if versus.mean >= 0 else 'below'} it{sure}."
+            f"{one.label} ({what}: {how}) reaches {score(one.mean)}; {first.label} is "
+            f"{points(versus.mean)} {'above' if versus.mean >= 0 else 'below'} it{on}{sure}."
         )
 
 
@@ -187,9 +187,17 @@ def _sd(one: Standing) -> str:
 
 def transfer(found: Sequence[Standing]) -> Table:
     names = {"bwt": "BWT", "fwt": "FWT", "forgetting": "forgetting", "learning_accuracy": "learning accuracy"}
-    rows = [[name_of(one), *(number(key, one.number(key)) for key in names)] for one in found]
-    note = "BWT below 0: old tasks were forgotten. FWT above 0: earlier tasks helped new ones."
-    return Table("Transfer and forgetting, means over cells", ["method", *names.values()], rows, note)
+    rows = [[name_of(one), *(number(key, one.number(key)) for key in names), _told_the_task(one)] for one in found]
+    note = (
+        "BWT below 0: old tasks were forgotten. FWT above 0: earlier tasks helped new ones. Told the task: whether an "
+        "answer depends on being told which task it is for; the others answer all tasks with the same weights."
+    )
+    return Table("Transfer and forgetting, means over cells", ["method", *names.values(), "told the task"], rows, note)
+
+
+def _told_the_task(one: Standing) -> str:
+    known = METHODS.get(one.method)
+    return MISSING if known is None else "yes" if known.needs_task else "no"
 
 
 def _significance(found: Sequence[Standing]) -> Iterator[Block]:
