@@ -186,9 +186,9 @@ def test_a_benchs_tables(bench, bench_report):
     assert by_name["ewc"][-1] == "5 of 6"
     assert by_name["joint"][0] == "joint (bound)"
     joint = next(row for row in tables["Transfer and forgetting, means over cells"] if row[0] == "joint (bound)")
-        assert joint[1:] == [*["not measured"] * 4, "no"]
-        told = {row[0]: row[-1] for row in tables["Transfer and forgetting, means over cells"][1:]}
-        assert (told["moe-cl"], told["ewc"]) == ("yes", "no")
+    assert joint[1:] == [*["not measured"] * 4, "no"]
+    told = {row[0]: row[-1] for row in tables["Transfer and forgetting, means over cells"][1:]}
+    assert (told["moe-cl"], told["ewc"]) == ("yes", "no")
     ahead = tables["moe-cl, the leader, less each other method"]
     assert not [row for row in ahead if row[0].startswith("joint")]
     assert "moe-cl less its best rival" in tables
