@@ -156,10 +156,10 @@ def test_groups_are_clipped_apart():
 def test_each_group_has_its_rate(tmp_path, monkeypatch):
     made, real = [], torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **how: made.append(groups) or real(groups, **how))
-    trial = Trial(epochs=1, discriminator_lr=0.03)
+    trial = Trial(MoECLConfig(rank=2, lora_A_lr=0.2), epochs=1, discriminator_lr=0.03)
     trial.learn(tmp_path)
     rates = [group["lr"] for group in made[0]]
-    assert rates == pytest.approx([0.01 * trial.method.config.lora_A_lr, 0.01, 0.03])
+    assert rates == pytest.approx([0.002, 0.01, 0.03])
 
 
 def test_several_gpus_are_not_used_at_once(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Settings of the methods, by their names in the registry. Plug-ins bring their own: entry points `moecl.methods`."""
 
 import inspect
-from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -22,7 +21,6 @@ class MethodConfig(Settings):
     trains: ClassVar[str] = ""  # in words, for `moecl methods`
     stores: ClassVar[str] = ""
     needs_task: ClassVar[bool] = False  # whether an answer depends on which task is asked
-    unrecorded: ClassVar[Mapping[str, Any]] = {}  # settings of a run or store from before they were known
 
     name: str = Field(description="the method's name in the registry")
     adapt_layers: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
@@ -41,7 +39,6 @@ class MoECLConfig(MethodConfig):
     trains: ClassVar[str] = "a shared and a task expert, gate, discriminator"
     stores: ClassVar[str] = "each task's experts and gate"
     needs_task: ClassVar[bool] = True
-    unrecorded: ClassVar[Mapping[str, Any]] = {"lora_A_lr": 1.0}
 
     name: Literal["moe-cl"] = Field(default="moe-cl", description="the method's name in the registry")
     rank: int = Field(default=8, ge=1, description="rank r of each LoRA pair")
@@ -49,7 +46,7 @@ class MoECLConfig(MethodConfig):
         default=32.0, gt=0, description="LoRA scale: lora_alpha / rank; twice the usual, as a new gate halves it"
     )
     lora_A_lr: float = Field(
-        default=0.1, gt=0, description="factor on train.lr for lora_A of both experts, while a run trains them"
+        default=1.0, gt=0, description="factor on train.lr for lora_A of both experts; less steadies a high lr"
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout in front of lora_A; above 0 is slower")
     retention: Literal["exact", "live"] = Field(
@@ -76,7 +73,6 @@ class MoECLConfig(MethodConfig):
         """The settings of arXiv 2509.18133 and its published code."""
         return cls(
             lora_alpha=16.0,
-            lora_A_lr=1.0,
             dropout=0.05,
             retention="live",
             gate="shared",
