@@ -208,6 +208,7 @@ def test_the_preset_is_the_paper() -> None:
     assert MoECLConfig.paper() == MoECLConfig(
         rank=8,
         lora_alpha=16.0,
+        lora_A_lr=1.0,
         dropout=0.05,
         adapt_layers="all",
         retention="live",

@@ -45,9 +45,7 @@ class MoECLConfig(MethodConfig):
     lora_alpha: float = Field(
         default=32.0, gt=0, description="LoRA scale: lora_alpha / rank; twice the usual, as a new gate halves it"
     )
-    lora_A_lr: float = Field(
-        default=1.0, gt=0, description="factor on train.lr for lora_A of both experts; less steadies a high lr"
-    )
+    lora_A_lr: float = Field(default=0.1, gt=0, description="factor on train.lr for lora_A of both experts")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout in front of lora_A; above 0 is slower")
     retention: Literal["exact", "live"] = Field(
         default="exact",
@@ -73,6 +71,7 @@ class MoECLConfig(MethodConfig):
         """The settings of arXiv 2509.18133 and its published code."""
         return cls(
             lora_alpha=16.0,
+            lora_A_lr=1.0,
             dropout=0.05,
             retention="live",
             gate="shared",
@@ -86,6 +85,7 @@ class LoRAConfig(MethodConfig):
 
     rank: int = Field(default=16, ge=1, description="rank r of each LoRA pair")
     lora_alpha: float = Field(default=32.0, gt=0, description="LoRA scale: lora_alpha / rank")
+    lora_A_lr: float = Field(default=1.0, gt=0, description="factor on train.lr for lora_A, as in LoRA+")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout in front of lora_A")
 
 

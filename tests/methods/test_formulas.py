@@ -6,7 +6,15 @@ import torch.nn.functional as F
 
 from moecl.config import Task
 from moecl.data.encode import Encoded
-from moecl.method_config import EWCConfig, MoCLConfig, NLoRAConfig, OLoRAConfig, OSFTConfig, ReplayConfig
+from moecl.method_config import (
+    EWCConfig,
+    MoCLConfig,
+    NLoRAConfig,
+    OLoRAConfig,
+    OSFTConfig,
+    ReplayConfig,
+    SequentialLoRAConfig,
+)
 from moecl.methods import make_method
 from moecl.nn.call import Call, run_with
 from moecl.nn.inject import Injected
@@ -30,6 +38,16 @@ def stir(module: torch.nn.Module, seed: int = 0, std: float = 0.2) -> None:
     with torch.no_grad():
         for p in module.parameters():
             p.add_(std * torch.randn(p.shape, generator=draw))
+
+
+def test_lora_A_has_a_rate_of_its_own_where_it_is_asked_for(injected):
+    plain, slow = (make(SequentialLoRAConfig(rank=2, lora_A_lr=rate), injected) for rate in (1.0, 0.1))
+    for one in (plain, slow):
+        one.begin(A.model_copy(update={"head": "classifier"}))
+    assert list(plain.groups()) == ["lora"], "clipped as one"
+    own = dict(slow.state.named_parameters())
+    rates = {id(p): slow.rates().get(group, 1.0) for group, ps in slow.groups().items() for p in ps}
+    assert rates == {id(p): 0.1 if name.endswith("lora_A") else 1.0 for name, p in own.items()}
 
 
 def test_ewc_holds_what_mattered(injected):

@@ -68,7 +68,14 @@ class LoRAMethod(Method):
         return self.form(self.state.lora if self.shared else self.fresh(task.name), None)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"lora": list(self.state.parameters())}
+        own = dict(self.state.named_parameters())
+        if self.config.lora_A_lr == 1:  # then clipped as one
+            return {"lora": list(own.values())}
+        slow = [name for name in own if name.endswith("lora_A")]
+        return {"lora_A": [own.pop(name) for name in slow], "lora": list(own.values())}
+
+    def rates(self) -> dict[str, float]:
+        return {"lora_A": self.config.lora_A_lr}
 
     def finish(self) -> Finished:
         lora = self.state.lora if self.shared else frozen_copy(self.state.lora)
