@@ -40,7 +40,7 @@ def stir(module: torch.nn.Module, seed: int = 0, std: float = 0.2) -> None:
             p.add_(std * torch.randn(p.shape, generator=draw))
 
 
-def test_lora_A_has_a_rate_of_its_own_where_it_is_asked_for(injected):
+def test_the_first_matrices_have_a_rate_of_their_own_where_it_is_asked_for(injected):
     plain, slow = (make(SequentialLoRAConfig(rank=2, lora_A_lr=rate), injected) for rate in (1.0, 0.1))
     for one in (plain, slow):
         one.begin(A.model_copy(update={"head": "classifier"}))
