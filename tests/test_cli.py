@@ -121,6 +121,31 @@ def test_settings_on_the_command_line(learned, refuses, moecl):
     assert "train.device: 'gpu' cannot be used here" in refuses("check", stream, "--device", "gpu")
 
 
+def test_a_dry_run_looks_at_the_folder(learned, refuses, moecl):
+    words = ("train", learned / "stream.yaml", "--dry-run", "-o")
+    assert f"# is learned in {learned / 'run'}:" in moecl(*words, learned / "run").out
+    assert "was started with another stream" in refuses(*words, learned / "run", "--set", "train.lr=0.5")
+    assert "not empty and not a run" in refuses(*words, learned)
+    assert "# would be learned into" in moecl(*words, learned / "none").out
+    assert not (learned / "none").exists()
+
+
+def test_a_run_that_stopped_learning_more_still_tells_of_the_rest(own, learned, moecl, monkeypatch):
+    class Stopping(watch.PlainWatcher):
+        def training(self, task, step, steps, figures):
+            raise KeyboardInterrupt
+
+    before = json.loads(moecl("tasks", own, "--json").out)
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, "PlainWatcher", Stopping)
+        assert moecl("learn", own, "--task", learned / "new.yaml").status == 130
+    assert json.loads(moecl("tasks", own, "--json").out) == before
+    assert moecl("compare", learned / "run", own).status == 0
+    assert moecl("review", own).status == 0
+    assert moecl("report", own).status == 0
+    assert "new: learned in part; the numbers are from before it." in (own / "report.md").read_text()
+
+
 def test_what_needs_no_torch_imports_none():
     """Help, misuse and faults in a stream file come at once."""
     code = (

@@ -40,7 +40,7 @@ def listed(moecl, run, *words):
     return json.loads(moecl("tasks", run, "--json", *words).out)
 
 
-def test_from_one_version_to_another(moecl, refuses, run):
+def test_from_one_version_to_another(moecl, refuses, run, tmp_path):
     assert [(row["task"], row["version"], row["versions"]) for row in listed(moecl, run)] == [
         ("task1", 1, 1),
         ("task0", 2, 2),
@@ -79,11 +79,23 @@ def test_from_one_version_to_another(moecl, refuses, run):
     assert "decision" in json.loads(decided.out)
     gate = moecl("compare", run, run)
     assert gate.status == 3
-    assert "version 1 answers, which was not tested last in NEW" in " ".join(gate.out.split())
+    said = "version 1 answers, which was not tested last (--rescore answers its rows anew)"
+    assert f"in NEW {said}" in " ".join(gate.out.split())
+    whole = shutil.copytree(run, tmp_path / "whole")
+    assert moecl("rollback", whole, "task0", "--to", 2).status == 0
+    assert f"in OLD {said}" in " ".join(moecl("compare", run, whole).out.split())
+    rescored = json.loads(moecl("compare", run, whole, "--rescore", "--json").out)["tasks"][1]
+    assert (rescored["task"], rescored["verdict"], rescored["old"]) == ("task0", "pass", old["score"])
+    assert moecl("report", run).status == 0
+    assert "task0: version 1 answers, which was not tested last; its scores are" in (run / "report.md").read_text()
     assert moecl("compare", run, run / "result.json").status == 3, "the run of the file, too"
     against = moecl("review", run, "--against", run, "--json")
     assert list(json.loads(against.out)["against"]["tasks"]) == ["task1"]
-    assert refuses("rollback", run, "task0") == "task 'task0' has no version older than its current one, 1"
+    assert refuses("delete", run, "task0@1").endswith(
+        "first (`moecl rollback RUN task0 --to 2`), or delete the whole task (task0)"
+    )
+    none = "task 'task0' has no version older than its current one, 1; --to 2 goes forward"
+    assert refuses("rollback", run, "task0") == none
     assert moecl("rollback", run, "task0", "--to", 2).out == "task0 is now task0@2; it was task0@1\n"
     assert answered("task0") == second
     assert "an alias is a task's, not a version's; give task0 alone" in refuses("promote", run, "task0@1", "--remove")

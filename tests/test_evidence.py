@@ -9,6 +9,7 @@ import torch
 
 from moecl import metrics
 from moecl.config import StreamConfig, Task
+from moecl.course import Watcher
 from moecl.engine import Engine, Entry, GateUse, Prediction
 from moecl.evaluate import Answers
 from moecl.evidence import drift, figures, items, without_row
@@ -16,6 +17,7 @@ from moecl.model import MoECL
 from moecl.results import Result
 from moecl.session import Session
 from moecl.train import ContinualTrainer
+from moecl.using import answered
 from runs import QUICK, Recorder, learn, stream
 from tiny import random_parts, tiny_model, tiny_tokenizer
 
@@ -143,3 +145,13 @@ def test_looking_at_the_gates_changes_no_answer(task):
         assert mean == pytest.approx(sum(gate.sums[layer] for gate in single) / tokens, rel=1e-5)
     assert len(together) == 2
     assert engine.gates is None
+
+
+def test_eval_says_what_the_run_said_in_bf16_too(tmp_path, tiny_folder):
+    """The layers below the experts are read as training read them: rounded otherwise, answers would differ."""
+    method = {"name": "moe-cl", "rank": 2, "adapt_layers": 1}
+    train = {**QUICK, "precision": "bf16"}
+    learn(stream(tmp_path, tiny_folder, tasks=1, rows=48, method=method, train=train), tmp_path / "run")
+    lines = (tmp_path / "run" / "predictions" / "task0.test.jsonl").read_text().splitlines()
+    [found] = answered(tmp_path / "run", [("task0", "test")], "cpu", "2GB", Watcher()).values()
+    assert [one.scores for one in found.given] == [json.loads(line)["scores"] for line in lines]

@@ -13,7 +13,10 @@ from moecl.model import MoECL
 from moecl.review import ClassThreshold, Target, TaskThresholds, Thresholds
 from moecl.router import Route
 
-ROUTES = {"happy": Route("mood", {"mood": 0.9, "write": 0.1}), "tell": Route("write", {"mood": 0.2, "write": 0.8})}
+ROUTES = {
+    "happy": Route("mood", {"mood": 0.9, "write": 0.1}, 0.5),
+    "tell": Route("write", {"mood": 0.2, "write": 0.8}, 0.5),
+}
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,7 @@ def store(tmp_path_factory, tiny_folder):
 @pytest.fixture
 def by_word(monkeypatch):
     """Stands in for a router that was fitted."""
-    unknown = Route(None, {"mood": 0.5, "write": 0.5})
+    unknown = Route(None, {"mood": 0.5, "write": 0.5}, 0.5)
     found = SimpleNamespace(tasks=["mood", "write"], route=lambda texts: [ROUTES.get(text, unknown) for text in texts])
     monkeypatch.setattr(using, "router_of", lambda model, store: found)
 

@@ -1,6 +1,7 @@
 """A run's folder: whole files, one process, and a finished run that is made to have more to learn."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,17 @@ def test_what_a_killed_first_start_leaves_is_free(tmp_path):
         run.check_free()
 
 
+def test_what_is_refused_leaves_no_folder(tmp_path):
+    with pytest.raises(RunError), RunFolder(tmp_path / "new").lock():
+        raise RunError("refused")
+    assert not (tmp_path / "new").exists()
+    begun = RunFolder(tmp_path / "begun")
+    with suppress(RunError), begun.lock():
+        (begun.path / "stream.yaml").touch()
+        raise RunError("refused")
+    assert (begun.path / "stream.yaml").exists()
+
+
 def test_one_process_at_a_time(run):
     with run.lock(), pytest.raises(BusyError, match=r"in use by pid \d+ on .* since"), RunFolder(run.path).lock():
         pass
@@ -105,6 +117,14 @@ def test_finishing_leaves_no_progress(run):
 def reopen(run: RunFolder, config: StreamConfig) -> None:
     run.finish(result("a"))
     run.reopen(longer(config, epochs=3), {"R": []}, result("a"))
+
+
+def test_a_run_that_learns_more_has_the_result_from_before(run, config):
+    assert (run.last_result(), run.learning()) == (None, None)
+    reopen(run, config)
+    assert run.finished() is None
+    assert run.last_result() == result("a")
+    assert run.learning() == config.tasks[-1].name
 
 
 def test_a_reopened_run(run, config):

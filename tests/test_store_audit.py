@@ -32,9 +32,10 @@ def log(store: Store) -> Path:
     return store.path / "audit.jsonl"
 
 
-def test_what_a_line_tells(store, monkeypatch):
+@pytest.mark.parametrize("program", ["/somewhere/bin/moecl", "/somewhere/moecl/__main__.py"])
+def test_what_a_line_tells(store, monkeypatch, program):
     old, new = store.record("a"), store.record("a@1")
-    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/moecl", "rollback", "runs/x y", "a"])
+    monkeypatch.setattr(sys, "argv", [program, "rollback", "runs/x y", "a"])
     monkeypatch.setenv("LOGNAME", "somebody-else")
     assert getpass.getuser() == "somebody-else"
     store.rollback("a")

@@ -65,9 +65,13 @@ class Trial:
         self.rows = Encoder(tokenizer, self.task, 64).encode(examples)
         self.train = TrainConfig(**{"epochs": 2, "batch_size": 4, "lr": 0.01, "save_steps": 2, **train})
 
-    def learn(self, folder: Path, score: Callable[[], float] | None = None, stop_at: int = 0) -> Learned:
+    def learn(
+        self, folder: Path, score: Callable[[], float] | None = None, stop_at: int = 0, told: list | None = None
+    ) -> Learned:
         def tell(step, steps, figures):
-            if step == stop_at and not figures:
+            if told is not None:
+                told.append((step, figures))
+            if step == stop_at:
                 raise StopError
 
         self.model.train()
@@ -218,11 +222,17 @@ def test_no_thread_outlives_a_training(tmp_path):
 
 
 def test_from_its_last_checkpoint_nothing_is_left_to_do(tmp_path):
-    trial = Trial()
-    trial.learn(tmp_path)
-    again = Trial()
-    assert again.learn(tmp_path).steps == STEPS
+    trial, told = Trial(), []
+    first = trial.learn(tmp_path, told=told)
+    assert first.earlier == 0
+    assert told[-2][0] == STEPS
+    assert told[-2][1]["task_loss"] > 0, "the last step's own loss"
+    again, told = Trial(), []
+    found = again.learn(tmp_path, told=told)
+    assert found.steps == STEPS
+    assert found.earlier > 0
     assert same(again.state(), trial.state())
+    assert not any("task_loss" in figures for _, figures in told), "no step was run"
 
 
 # --- checkpoints ---

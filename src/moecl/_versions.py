@@ -63,7 +63,9 @@ def rolled_back(manifest: Manifest, name: str, to: int | None) -> Edit:
     if to is None:
         older = [record.version for record in manifest.versions(name) if record.version < current.version]
         if not older:
-            raise TaskError(f"task {name!r} has no version older than its current one, {current.version}")
+            newer = [record.version for record in manifest.versions(name) if record.version > current.version]
+            hint = f"; --to {max(newer)} goes forward" if newer else ""
+            raise TaskError(f"task {name!r} has no version older than its current one, {current.version}{hint}")
         to = max(older)
     target = manifest.record(name, to)
     if to == current.version:
@@ -118,10 +120,9 @@ def to_delete(manifest: Manifest, reference: str) -> list[TaskRecord]:
         return manifest.versions(name) or [manifest.record(name)]
     record = manifest.record(name, version)
     if not record.superseded:
-        raise StoreError(
-            f"{reference}: is the task's current version; roll it back first (`moecl rollback RUN {name}`), or delete "
-            f"the whole task ({name})"
-        )
+        others = [one.version for one in manifest.versions(name) if one is not record]
+        first = f"let another answer first (`moecl rollback RUN {name} --to {max(others)}`), or " if others else ""
+        raise StoreError(f"{reference}: is the task's current version; {first}delete the whole task ({name})")
     if aliases := manifest.aliases_of(record):
         raise StoreError(
             f"{reference}: is also {name}@{aliases[0]}; promote another version to it first, or take the alias away "

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from moecl.data import assets
-from moecl.errors import BaseError, ConfigError
+from moecl.errors import BaseError, ConfigError, near
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def load_backbone(name: str, precision: str = "fp32", device: str = "cpu", progr
     source = assets.resolve_base(name, progress=progress) if assets.is_asset(name) else name
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise BaseError(
-            f"base: {name}: no such folder; restore it, or give a hub id or an asset: {', '.join(assets.ASSETS)}"
+            f"base: {name}: no such folder; restore it, or give a hub id or an asset: {', '.join(assets.models())}"
         )
     if progress:
         progress("loading the base", 0, 0)
@@ -51,9 +51,10 @@ def load_backbone(name: str, precision: str = "fp32", device: str = "cpu", progr
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        known = ", ".join(assets.ASSETS)
+        known = ", ".join(assets.models())
         raise BaseError(
             f"base: cannot load {name!r} ({reason}); give a hub id, a folder with config.json, or an asset: {known}"
+            f"{near(name, assets.models())}"
         ) from error
     model, found = loaded
     if missing := sorted(found["missing_keys"]):

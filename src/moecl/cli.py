@@ -119,13 +119,20 @@ def read_stream(stream: Path, overrides: list[str] | None, device: str | None) -
 
 
 def print_plan(config: "StreamConfig", folder: Path) -> None:
-    """The resolved stream as YAML, and what would be done as comments."""
+    """The resolved stream as YAML, and what would be done as comments; what the folder holds is looked at, too."""
     from moecl.config import dump_stream
     from moecl.data.task import load_task_data
+    from moecl.run_folder import RunFolder
 
+    run = RunFolder(folder)
+    if run.exists():
+        run.check_same(config)
+    elif folder.is_dir():
+        run.check_free()
     found = {task.name: load_task_data(task).splits() for task in config.tasks}
     print(dump_stream(config), end="")
-    print(f"# would be learned into {folder}:")
+    state = "is learned in" if run.last_result() else "would go on in" if run.exists() else "would be learned into"
+    print(f"# {state} {folder}:")
     for name, splits in found.items():
         steps = -(-len(splits["train"].examples) // config.train.batch_size) * config.train.epochs
         print(f"#   {name}: {counts(splits)}, {steps} batches")

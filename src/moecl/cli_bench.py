@@ -101,7 +101,13 @@ def planned(file: Path, folder: Path, selection: Any, jobs: int | None) -> "Benc
     from moecl.bench_config import load_bench
 
     slots = jobs or 1
-    return Bench(load_bench(file), folder, selection, max(1, (os.cpu_count() or 1) // slots), slots)
+    return Bench(load_bench(file), folder, selection, threads(os.cpu_count() or 1, slots), slots)
+
+
+def threads(cores: int, slots: int) -> int:
+    """Of a cell: OMP_NUM_THREADS where it is set, as for `train`, else its part of the cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) else max(1, cores // slots)
 
 
 def run(file: Path, folder: Path, selection: Any, jobs: int | None, ray: str | None) -> "Bench":
@@ -112,7 +118,7 @@ def run(file: Path, folder: Path, selection: Any, jobs: int | None, ray: str | N
     config = load_bench(file)
     with err.status("starting"):
         pool = pool_for(jobs, ray)
-    found = Bench(config, folder, selection, max(1, pool.cores // pool.slots), pool.slots)
+    found = Bench(config, folder, selection, threads(pool.cores, pool.slots), pool.slots)
     with bench_watcher(err) as watcher:
         found.run(pool, watcher)
     return found

@@ -8,10 +8,11 @@ from rich.console import Console
 
 from moecl.cli_options import AsJson, Device
 from moecl.errors import ConfigError, DataError, RunError
-from moecl.terminal import quietly
+from moecl.terminal import quietly, watched
 
 if TYPE_CHECKING:
     from moecl.compare import Comparison, Decides, TaskChange, TextLosses
+    from moecl.results import Result
 
 EXAMPLES = """moecl compare runs/released runs/candidate
 moecl compare runs/released runs/candidate --max-drop 0.02 --confident -o compare.json
@@ -46,6 +47,9 @@ def compare(
             "--route", metavar="auto", help="For --general: as each text's own task has it; default the base."
         ),
     ] = None,
+    rescore: Annotated[
+        bool, typer.Option("--rescore", help="Answer anew the test rows of tasks that were rolled back since.")
+    ] = False,
     device: Device = "auto",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the JSON there, too.")
@@ -56,7 +60,8 @@ def compare(
 
     Exit 0, or 3 where one failed. A task fails if its score in NEW is more than SHARE below OLD's: the difference
     itself decides, unless --strict or --confident lets its 95% interval (bootstrap over test rows, paired) do so. A
-    task that NEW lacks fails; a new one is shown. Both runs must have been tested on the same rows, else exit 2.
+    task that NEW lacks fails; a new one is shown; so does one that does not answer as it was tested, without --rescore.
+    Both runs must have been tested on the same rows, else exit 2.
 
     --general: mean log p a token under the base of each run, read on --device; it fails where the loss rises by more
     than that share.
@@ -64,7 +69,6 @@ def compare(
     """
     from moecl.compare import Comparison, compare_tasks, compare_texts, failed, read_result, to_json
     from moecl.config import AUTO
-    from moecl.using import not_as_tested
 
     if strict and confident:
         raise ConfigError("--strict, --confident: they contradict each other; give one")
@@ -73,10 +77,10 @@ def compare(
     if route is not None and (route != AUTO or general is None):
         raise ConfigError("--route: it is auto or not given, and needs --general FILE")
     decides: Decides = "strict" if strict else "confident" if confident else "point"
-    if device != "auto" and general is None:
-        raise ConfigError("--device: is for --general FILE; the results are scored already")
-    before, after = read_result(old), read_result(new)
-    tasks = compare_tasks(before, after, max_drop, decides, not_as_tested(new if new.is_dir() else new.parent, after))
+    if device != "auto" and general is None and not rescore:
+        raise ConfigError("--device: is for --general FILE and --rescore; the results are scored already")
+    (before, passed), (after, gone) = (tested(path, read_result(path), rescore, device) for path in (old, new))
+    tasks = compare_tasks(before, after, max_drop, decides, gone, passed)
     texts = None
     if general is not None:
         texts = compare_texts(*predicted(general, old, new, device, route), max_drop, decides)
@@ -100,6 +104,21 @@ def compare(
         f"moecl: failed: {', '.join(found.failed)}{swapped(tasks)}", highlight=False, markup=False, soft_wrap=True
     )
     return FAILED
+
+
+def tested(path: Path, result: "Result", rescore: bool, device: str) -> "tuple[Result, dict[str, str]]":
+    """A result, and why tasks do not answer as it says; with `rescore` as they answer now, where they do."""
+    from moecl.using import not_as_tested, open_store, retested
+
+    run = path if path.is_dir() else path.parent
+    if not (moved := not_as_tested(run, result)):
+        return result, {}
+    anew = [one.name for one in open_store(run).tasks() if one.name in moved]
+    if not rescore:
+        return result, moved | {name: f"{moved[name]} (--rescore answers its rows anew)" for name in anew}
+    with watched(err) as watching:
+        result = retested(run, result, anew, device, watching)
+    return result, {name: why for name, why in moved.items() if name not in anew}
 
 
 def swapped(tasks: "list[TaskChange]") -> str:

@@ -17,7 +17,7 @@ from moecl.show import say
 
 def report(folders: Sequence[Path], output: Path | None, console: Console) -> None:
     """Write a report and show where it is. Raises as `moecl.report.make` does."""
-    written = make(folders, output)
+    written = make(folders, output, moved)
     for line in written.headlines:
         console.print(Text(line))
         console.print()
@@ -25,6 +25,14 @@ def report(folders: Sequence[Path], output: Path | None, console: Console) -> No
         console.print(grid(table, console.width))
     say(console, f"report    {written.html}")
     say(console, f"markdown  {written.markdown}")
+
+
+def moved(folder: Path) -> list[str]:
+    """What a run's tasks answer otherwise than its result says."""
+    from moecl.using import not_as_tested
+
+    found = not_as_tested(folder)
+    return [f"{task}: {why}; its scores are those of the end of the run." for task, why in found.items()]
 
 
 def grid(table: Table, width: int) -> Grid:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moecl.errors import RunError, UserError, near
 from moecl.results import Result
-from moecl.run_folder import CONFIG, RESULT
+from moecl.run_folder import CONFIG, RESULT, RunFolder
 from moecl.stats import interval, paired_task
 
 Decides = Literal["point", "strict", "confident"]
@@ -80,8 +80,8 @@ class TextLosses(Lines):
 def read_result(path: Path) -> Result:
     """The result of a run folder, a bench's cell or a result.json. Raises RunError for anything else."""
     if path.is_dir():
-        if (path / RESULT).is_file():
-            return Result.load(path / RESULT)
+        if (found := RunFolder(path).last_result()) is not None:
+            return found
         if (path / "cells").is_dir():
             some = next(iter(sorted(entry.name for entry in (path / "cells").iterdir())), "CELL")
             raise RunError(f"{path}: a bench; give one of its cells, such as {path / 'cells' / some}")
@@ -95,9 +95,16 @@ def read_result(path: Path) -> Result:
 
 
 def compare_tasks(
-    old: Result, new: Result, max_drop: float, decides: Decides, gone: Mapping[str, str] = MappingProxyType({})
+    old: Result,
+    new: Result,
+    max_drop: float,
+    decides: Decides,
+    gone: Mapping[str, str] = MappingProxyType({}),
+    passed: Mapping[str, str] = MappingProxyType({}),
 ) -> list[TaskChange]:
-    """Every task of OLD, then those that NEW added; `gone` are tasks that fail as NEW does not answer as it was tested.
+    """Every task of OLD, then those that NEW added.
+
+    `gone`: tasks that fail as NEW does not answer as it was tested, and why; `passed`: the same of OLD.
 
     Raises RunError where items are missing, or are of other rows.
     """
@@ -106,8 +113,10 @@ def compare_tasks(
         _check_items(result, side)
     return [
         *(
-            _only(old, task, "fail", f"{gone[task]} in NEW")
+            _only(old, task, "fail", f"in NEW {gone[task]}")
             if task in gone and task in old.items
+            else _only(old, task, "fail", f"in OLD {passed[task]}")
+            if task in passed and task in old.items
             else _change(old, new, task, max_drop, decides)
             for task in old.tasks
         ),

@@ -14,9 +14,13 @@ from moecl.errors import DataError, RunError, TaskError, near
 from moecl.results import Result
 from moecl.review import REVIEW, Scored, Share, first_fault, rounded
 from moecl.review_measure import Pair
-from moecl.run_folder import RESULT
+from moecl.run_folder import RESULT, RunFolder
 
-PREDICTIONS = "predictions"
+PREDICTIONS, SPLITS = "predictions", ("validation", "test")
+
+
+def scored_rows(run: Path, task: str, split: str) -> Path:
+    return run / PREDICTIONS / f"{task}.{split}.jsonl"
 
 
 class Row(BaseModel):
@@ -158,9 +162,8 @@ def of_run(
     """
     if not run.is_dir():
         raise RunError(f"{run}: no such folder; give one that `moecl train STREAM -o RUN` has made")
-    result = Result.load(run / RESULT)
-    folder = run / PREDICTIONS
-    if not folder.is_dir():
+    result = RunFolder(run).last_result() or Result.load(run / RESULT)
+    if not rescored and not (run / PREDICTIONS).is_dir():
         raise RunError(
             f"{run}: has no {PREDICTIONS} folder; learn it with `moecl train` of this version into a new folder, "
             "or give files with --validation and --test"
@@ -175,12 +178,12 @@ def of_run(
         if name in rescored:
             pairs[name] = rescored[name]
             continue
-        paths = [folder / f"{name}.{split}.jsonl" for split in ("validation", "test")]
-        if missing := [path.name for path in paths if not path.is_file()]:
-            skipped[name] = f"no {PREDICTIONS}/{missing[0]}"
-            continue
         if name in moved:
             skipped[name] = moved[name]
+            continue
+        paths = [scored_rows(run, name, split) for split in SPLITS]
+        if missing := [path.name for path in paths if not path.is_file()]:
+            skipped[name] = f"no {PREDICTIONS}/{missing[0]}"
             continue
         validation, test = map(read_scored, paths)
         if validation is None or test is None:
@@ -189,7 +192,9 @@ def of_run(
             pairs[name] = _pair(name, validation, test, result.digests.get(name))
     if not pairs:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
-        raise RunError(f"{run}: nothing to review ({reasons}); give a run of classification tasks with validation rows")
+        raise RunError(
+            f"{run}: nothing to review ({reasons}); a review needs classification tasks with validation and test rows"
+        )
     return pairs, skipped
 
 

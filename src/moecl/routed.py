@@ -14,7 +14,7 @@ from moecl.engine import Engine, Prediction
 from moecl.errors import DataError
 from moecl.evaluate import Answers, answer_task, prompts
 from moecl.metrics import ANSWER_METRICS
-from moecl.router import Router
+from moecl.router import Route, Router
 from moecl.routing import Point, Routing, TaskRouting
 
 POINTS = 20  # of the abstention curve
@@ -23,11 +23,10 @@ NOTHING = ""  # the answer of a row of no task, which no label equals
 
 @dataclass(frozen=True)
 class Routed:
-    """A row's task and answer, None where it is for no task; `shares` as in `Route`."""
+    """A row's route, and its answer: None where it is for no task."""
 
-    task: str | None
+    route: Route
     prediction: Prediction | None
-    shares: dict[str, float]
 
 
 def predict(
@@ -42,7 +41,7 @@ def predict(
     named = [(route.task, where, row) for route, (where, row) in zip(routes, rows, strict=True) if route.task]
     examples = [example(row, engine.bank[name].task, where) for name, where, row in named]
     answers = iter(engine.predict(examples, [name for name, _, _ in named], max_new_tokens))
-    return [Routed(route.task, next(answers) if route.task else None, route.shares) for route in routes]
+    return [Routed(route, next(answers) if route.task else None) for route in routes]
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,15 @@ Floats32 = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Route:
-    """The task a text is for, None where it is for none; `shares`: each task's probability, summing to 1."""
+    """The task a text is for, None where it is for none.
+
+    `shares`: each task's probability if it is for one of them, summing to 1; `familiar`: how like their texts it is,
+    from -1 to 1, -2 beyond all of them. Below the router's threshold it is for none.
+    """
 
     task: str | None
     shares: dict[str, float]
+    familiar: float
 
 
 @dataclass
@@ -186,8 +191,12 @@ class Router:
         """Of features [n, D]."""
         shares, familiar = self.see(features)
         return [
-            Route(self.tasks[int(own.argmax())] if known else None, dict(zip(self.tasks, own.tolist(), strict=True)))
-            for own, known in zip(shares, self.accepts(familiar), strict=True)
+            Route(
+                self.tasks[int(own.argmax())] if known else None,
+                dict(zip(self.tasks, own.tolist(), strict=True)),
+                float(like),
+            )
+            for own, known, like in zip(shares, self.accepts(familiar), familiar, strict=True)
         ]
 
     def see(self, features: Floats32) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

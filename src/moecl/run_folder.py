@@ -30,13 +30,19 @@ class RunFolder:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Be the one process that works in this folder, made where it is new; BusyError says who else does."""
+        new = not self.path.exists()
         with one_line(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        with lock_file(self.path / LOCK):
-            with one_line(self.path):
-                remove_drafts(self.path)
-            self._settle()
-            yield
+        try:
+            with lock_file(self.path / LOCK):
+                with one_line(self.path):
+                    remove_drafts(self.path)
+                self._settle()
+                yield
+        except BaseException:
+            if new and [entry.name for entry in self.path.iterdir()] == [LOCK]:  # refused before anything was done
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
 
     def exists(self) -> bool:
         return (self.path / CONFIG).is_file()
@@ -93,6 +99,16 @@ class RunFolder:
 
     def finished(self) -> Result | None:
         return Result.load(self.path / RESULT) if (self.path / RESULT).is_file() else None
+
+    def last_result(self) -> Result | None:
+        """The result; of a run that is learning one more task that from before it."""
+        if (found := self.finished()) is None and (reopened := self.progress().get(REOPENED)) is not None:
+            return Result.model_validate(reopened["result"])
+        return found
+
+    def learning(self) -> str | None:
+        """The task that was added to a finished run and is not learned yet, whether it is under way or was stopped."""
+        return self.config().tasks[-1].name if self.is_reopened() else None
 
     def finish(self, result: Result) -> None:
         """The result is written first: a kill in between leaves a finished run with some files too many."""

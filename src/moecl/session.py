@@ -241,7 +241,7 @@ class Session:
             tell=lambda step, steps, figures: self.watcher.training(course.name, step, steps, figures),
             trackers=[make(self.folder, course.name) for make in self.trackers],
         )
-        seconds = (time.monotonic() - begun) / len(courses)
+        seconds = (learned.earlier + time.monotonic() - begun) / len(courses)
         for one in courses:
             self.progress.details[one.name] = details(learned) | {
                 "seconds": seconds,

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,7 +43,7 @@ class Learner(nn.Module):
         self.model, self.method, self.task = model, method, task
         self.state = method.state
         self.count = 0  # batches seen; seeds a batch's draws
-        self.task_loss = torch.zeros(())  # of the last batch, without the method's penalty
+        self.task_loss: Tensor | None = None  # of the last batch, without the method's penalty
 
     def forward(
         self,
@@ -126,11 +127,14 @@ def diverged(task: Task, step: int, where: str) -> TrainingError:
 class Telling(TrainerCallback):
     """Passes each step's figures on."""
 
-    def __init__(self, tell: Callable[[int, int, Mapping[str, float]], None]) -> None:
-        self.tell = tell
+    def __init__(self, learner: Learner, tell: Callable[[int, int, Mapping[str, float]], None]) -> None:
+        self.learner, self.tell = learner, tell
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.tell(state.global_step, state.max_steps, {})
+        figures = {}
+        if state.global_step == state.max_steps and (loss := self.learner.task_loss) is not None:
+            figures["task_loss"] = float(loss)
+        self.tell(state.global_step, state.max_steps, figures)
 
     def on_log(
         self,
@@ -152,6 +156,7 @@ class Learned:
     curve: list[tuple[int, float]]
     figures: dict[str, float]
     trained_parameters: int
+    earlier: float  # seconds of starts before this one
 
 
 @dataclass
@@ -177,6 +182,7 @@ class TaskTrainer(Trainer):
         self.learner, self.passes, self.settings, self.feed = learner, passes, train, feed
         self._draft: str | None = None
         self.figures: dict[str, float] = {}  # the method's, as the checkpoint has them
+        self.begun, self.earlier = time.monotonic(), 0.0  # seconds of earlier starts, up to the checkpoint
         super().__init__(model=learner, train_dataset=feed, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -209,7 +215,9 @@ class TaskTrainer(Trainer):
             raise diverged(self.learner.task, self.state.global_step, "after it")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs | {"task_loss": float(self.learner.task_loss)} | self.learner.method.log(), start_time)
+        loss = self.learner.task_loss  # None where a checkpoint of the last step leaves none to do
+        own = {} if loss is None else {"task_loss": float(loss)}
+        super().log(logs | own | self.learner.method.log(), start_time)
 
     # Checkpoints
 
@@ -256,6 +264,7 @@ class TaskTrainer(Trainer):
             "best_step": self.passes.best_step,
             "count": self.learner.count,
             "figures": self.learner.method.log(),
+            "seconds": self.earlier + time.monotonic() - self.begun,
         }
         (folder / PASSES).write_text(json.dumps(seen))
 
@@ -268,7 +277,7 @@ class TaskTrainer(Trainer):
         seen = json.loads((folder / PASSES).read_text())
         self.passes.curve = [(step, score) for step, score in seen["curve"]]
         self.passes.best_step, self.learner.count = seen["best_step"], seen["count"]
-        self.figures = seen.get("figures", {})
+        self.figures, self.earlier = seen.get("figures", {}), seen.get("seconds", 0.0)
 
 
 def seal(folder: Path) -> None:
@@ -364,7 +373,7 @@ def learn_task(
         seed=train.seed,
     )
     learner = Learner(model, method, task)
-    callbacks = [Guard(learner, train.max_grad_norm), Telling(tell), passes, *trackers]
+    callbacks = [Guard(learner, train.max_grad_norm), Telling(learner, tell), passes, *trackers]
     lengths = [len(row.input_ids) + len(row.answer_ids) for row in rows]
     plan = plan_batches(lengths, train.batch_size, train.epochs, train.seed)
     with Feed(rows, plan, pad_id, prefixes) as feed:
@@ -377,4 +386,4 @@ def learn_task(
         method.learned(row_losses(learner, rows, pad_id, prefixes, train.seed))
     trained = sum(p.numel() for group in method.groups().values() for p in group)
     figures = method.log() or trainer.figures
-    return Learned(trainer.state.global_step, passes.best_step, passes.curve, figures, trained)
+    return Learned(trainer.state.global_step, passes.best_step, passes.curve, figures, trained, trainer.earlier)

@@ -97,7 +97,8 @@ def learn(
             progress.versions[task.name] = known_version(run, result.tasks, task.name) + 1
             progress.superseded |= last_score(run, result, task.name)
         elif task.name in result.tasks:
-            raise TaskError(f"task {task.name!r} is learned already; rename it, or learn it again with --replace")
+            gone = "" if Store.open(run.store).versions(task.name) else " and was deleted"
+            raise TaskError(f"task {task.name!r} is learned already{gone}; rename it, or learn it again with --replace")
         tasks = [*(one for one in config.tasks if one.name != task.name), task]
         fields = {name: getattr(config, name) for name in StreamConfig.model_fields}
         extended = StreamConfig(**{**fields, "tasks": tasks})

@@ -37,7 +37,7 @@ def learned(run: Path, everything: bool = False) -> list[dict[str, Any]]:
 
     With `everything` also older versions and retired tasks, by task and version.
     """
-    store, result = open_store(run), RunFolder(run).finished()
+    store, result = open_store(run), RunFolder(run).last_result()
     manifest = store.manifest
     records = store.tasks()
     if everything:
@@ -64,7 +64,7 @@ def learned(run: Path, everything: bool = False) -> list[dict[str, Any]]:
 
 def not_as_tested(run: Path, result: "Result | None" = None) -> dict[str, str]:
     """Task -> why it does not answer as the result of a run says; nothing where the run has no store."""
-    if not (run / "store").is_dir() or (result := result or RunFolder(run).finished()) is None:
+    if not (run / "store").is_dir() or (result := result or RunFolder(run).last_result()) is None:
         return {}
     manifest, found = open_store(run).manifest, {}
     current = {record.name: record for record in manifest.current()}
@@ -143,7 +143,7 @@ def routed_answers(
     thresholds: Path | None,
     max_tokens: int | None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """The same where nobody says which task: lines also have the task that answered, and each task's probability."""
+    """The same where nobody says which task: lines also have the task that answered, and what decided it."""
     records = {one.name: one for one in store.tasks()}
     levels = None if thresholds is None else levels_of(records.values(), thresholds)
     with lines_of(file) as lines:
@@ -159,7 +159,7 @@ def routed_answers(
         rows = plain_rows(chain([first], lines), "stdin" if file is None else str(file))
         for chunk in chunks(rows, 1 if file is None and sys.stdin.isatty() else STEP):
             yield [
-                routed_answer(one, records, true_label(row, engine, one.task), levels)
+                routed_answer(one, records, true_label(row, engine, one.route.task), levels)
                 for one, (_, row) in zip(predict(engine, router, chunk, max_tokens), chunk, strict=True)
             ]
 
@@ -168,13 +168,15 @@ def routed_answer(
     found: "Routed", records: Mapping[str, "TaskRecord"], true: str | None, levels: Mapping[str, TaskThresholds] | None
 ) -> dict[str, Any]:
     """A line of `moecl predict --task auto`; with thresholds what they do not decide is left to a human."""
-    if found.task is None or found.prediction is None:
+    task = found.route.task
+    if task is None or found.prediction is None:
         line: dict[str, Any] = {"label": None, "scores": {}, "task": None, "version": None}
     else:
-        line = answer(found.prediction, records[found.task], true, (levels or {}).get(found.task))
+        line = answer(found.prediction, records[task], true, (levels or {}).get(task))
     if levels is not None:
         line.setdefault("decision", REVIEW)
-    return {**line, "route": {task: rounded(share) for task, share in found.shares.items()}}
+    shares = {name: round(share, 6) for name, share in found.route.shares.items()}
+    return {**line, "route": shares, "familiar": round(found.route.familiar, 6)}
 
 
 def true_label(row: str | Mapping[str, Any], engine: "Engine", task: str | None) -> str | None:
@@ -222,7 +224,23 @@ def scores(
 
 def rescorable(run: Path, moved: Iterable[str]) -> list[str]:
     """Of tasks that do not answer as they were tested those whose rows can be answered anew: no retired, no deleted."""
-    return [one.name for one in open_store(run).tasks() if one.name in moved and one.task.kind == "classification"]
+    named = {task.name for task in RunFolder(run).config().tasks if task.validation and task.test}
+    records = [one for one in open_store(run).tasks() if one.name in moved and one.task.kind == "classification"]
+    return [one.name for one in records if one.name in named]
+
+
+def retested(run: Path, result: "Result", names: Iterable[str], device: str, watcher: "Watcher") -> "Result":
+    """A run's result with the last row of R, and what is behind it, as the current versions of `names` answer."""
+    from moecl.evidence import items
+    from moecl.results import SplitInfo
+
+    found = answered(run, [(name, "test") for name in names], device, EXPERT_MEMORY, watcher)
+    last, behind, data, config = [*result.R[-1]], dict(result.items), dict(result.data), RunFolder(run).config()
+    for (name, _), answers in found.items():
+        split = split_of(config, open_store(run).record(name), "test", run)
+        last[result.tasks.index(name)], behind[name] = answers.score().score, items(answers)
+        data[name] = {**data.get(name, {}), "test": SplitInfo(sha256=split.sha256, rows=len(split.examples))}
+    return result.model_copy(update={"R": [*result.R[:-1], last], "items": behind, "data": data})
 
 
 def rescored(run: Path, names: Sequence[str], device: str, watcher: "Watcher") -> "dict[str, Pair]":
@@ -242,12 +260,11 @@ def answered(
     run: Path, wanted: Sequence[tuple[str, str]], device: str, expert_memory: int | str, watcher: "Watcher"
 ) -> "dict[tuple[str, str], Answers]":
     """What tasks answer now, by task and split of config.yaml; the rows are read before the base is loaded."""
-    from moecl.engine import Engine
     from moecl.evaluate import answer_task, prompts
 
     store, config = open_store(run), RunFolder(run).config()
     splits = {(name, split): split_of(config, store.record(name), split, run) for name, split in wanted}
-    engine = Engine(load(store, device, expert_memory), batch_tokens=config.train.eval_batch_tokens)
+    engine = as_tested(store, config, device, expert_memory)
     found = {}
     for done, ((name, split), rows) in enumerate(splits.items()):
         watcher.evaluating(len(splits), name, done, len(splits))
@@ -256,17 +273,25 @@ def answered(
     return found
 
 
+def as_tested(store: "Store", config: "StreamConfig", device: str, expert_memory: int | str) -> "Engine":
+    """An engine with the batches and the cache of lower layers that R was measured with: bf16 rounds with them."""
+    from moecl.engine import Engine
+    from moecl.prefix import prefixes
+
+    model, train = load(store, device, expert_memory), config.train
+    known = prefixes(model, store.manifest.base.sha256, train.prefix_cache)
+    return Engine(model, batch_tokens=train.eval_batch_tokens, prefixes=known)
+
+
 def routing(run: Path, split: str, device: str, expert_memory: str) -> "Routing":
     """Every task's split with and without its name; that of the test split is kept for the report."""
-    from moecl.engine import Engine
     from moecl.routed import measure
 
     store, config = open_store(run), RunFolder(run).config()
     splits = {record.name: split_of(config, record, split, run) for record in store.tasks()}
-    model = load(store, device, expert_memory)
-    engine = Engine(model, batch_tokens=config.train.eval_batch_tokens)
+    engine = as_tested(store, config, device, expert_memory)
     digests = {record.name: record.parts for record in store.tasks()}
-    found = measure(engine, router_of(model, store), splits, split, digests)
+    found = measure(engine, router_of(engine.model, store), splits, split, digests)
     if split == "test":
         found.save(run)
     return found

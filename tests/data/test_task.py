@@ -49,7 +49,7 @@ BROKEN = [  # file, content, what the error says after the file's name
     (
         "a.jsonl",
         '{"sentence": "x", "label": "positive"}',
-        "only sentence, label; change {...} in the task's instruction",
+        "only sentence, label; correct it in the instruction of task 'reviews'",
     ),
     ("a.jsonl", "{}", ":1: text: the row has no such field, only none at all"),
     ("a.jsonl", '{"text": "x"}', ":1: label: the row has no such field, only text"),
@@ -158,7 +158,7 @@ def test_instruction_without_a_field_is_refused():
 
 def test_unknown_placeholder_names_the_fields_there_are():
     task = Task(name="t", kind="classification", instruction="{body}: {text}", labels=["a", "b"])
-    with pytest.raises(DataError, match="row: body: the row has no such field, only text, label; change"):
+    with pytest.raises(DataError, match="row: body: the row has no such field, only text, label; correct it"):
         example({"text": "x", "label": "a"}, task)
     leak = Task(name="t", kind="classification", instruction="{text} {label}", labels=["a", "b"])
     with pytest.raises(DataError, match=r"\{label\} would show the model the answer"):

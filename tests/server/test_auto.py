@@ -1,18 +1,11 @@
 """`auto`: the router's answer decides which task answers each text."""
 
-from dataclasses import dataclass
-
 import pytest
 
 from live import live, make_store, statistics
+from moecl.router import Route
 from moecl.server import library
 from moecl.store import Store
-
-
-@dataclass(frozen=True)
-class Route:
-    task: str | None
-    shares: dict[str, float]
 
 
 class ByWord:
@@ -22,10 +15,10 @@ class ByWord:
 
     def route(self, texts):
         known = {
-            "happy": Route("mood", {"mood": 0.9, "write": 0.1}),
-            "tell": Route("write", {"mood": 0.2, "write": 0.8}),
+            "happy": Route("mood", {"mood": 0.9, "write": 0.1}, 0.5),
+            "tell": Route("write", {"mood": 0.2, "write": 0.8}, 0.5),
         }
-        unknown = Route(None, {"mood": 0.5, "write": 0.5})
+        unknown = Route(None, {"mood": 0.5, "write": 0.5}, 0.5)
         return [next((known[word] for word in text.split() if word in known), unknown) for text in texts]
 
 
@@ -83,7 +76,9 @@ def test_a_text_for_a_task_that_writes_has_no_label(server):
 
 def test_faults_are_told_by_the_rows_own_place(server, monkeypatch):
     router = server.service.library.now.router
-    monkeypatch.setattr(router, "route", lambda texts: [Route(text if text == "mood" else None, {}) for text in texts])
+    monkeypatch.setattr(
+        router, "route", lambda texts: [Route(text if text == "mood" else None, {}, 0.5) for text in texts]
+    )
     rows = ["what", "what", {"text": "mood"}, {"title": "no", "label": "x"}]
     refused = server.post("/v1/classify", model="auto", input=[*rows[:2], {"prompt": "mood"}]).json()["error"]
     assert refused["message"].startswith("row 3: text: the row has no such field")

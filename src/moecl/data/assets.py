@@ -128,13 +128,17 @@ def is_asset(name: str) -> bool:
     return name in ASSETS
 
 
+def models() -> list[str]:
+    return [name for name, asset in ASSETS.items() if asset.kind == "model"]
+
+
 def resolve_base(name_or_path: str, progress: Progress | None = None, offline: bool = False) -> str:
     """Turn a model asset's name into its folder, fetched if need be; a hub id or a folder stays. Raises as `fetch`."""
     if not is_asset(name_or_path):
         return name_or_path
     if ASSETS[name_or_path].kind != "model":
-        models = ", ".join(name for name, asset in ASSETS.items() if asset.kind == "model")
-        raise AssetError(f"base {name_or_path!r} is a {ASSETS[name_or_path].kind}, not a model; models are: {models}")
+        kind = ASSETS[name_or_path].kind
+        raise AssetError(f"base {name_or_path!r} is a {kind}, not a model; models are: {', '.join(models())}")
     return str(fetch(name_or_path, progress, offline))
 
 

@@ -271,7 +271,8 @@ def _example(where: str, row: Mapping[str, Any], task: Task, *, answered: bool) 
 def _check_field(where: str, name: str, row: Mapping[str, Any], task: Task, *, cut: bool) -> None:
     if name == _ANSWERS[task.kind]:
         raise DataError(f"{where}: instruction: {{{name}}} would show the model the answer; remove it")
-    value = _present(where, name, row, "; change {...} in the task's instruction ({{ and }} are plain braces)")
+    remedy = f"; correct it in the instruction of task {task.name!r} ({{{{ and }}}} are plain braces)"
+    value = _present(where, name, row, remedy)
     if not (isinstance(value, str) if cut else _is_scalar(value)):
         raise DataError(f"{where}: {name}: {_show(value)} is of type {type(value).__name__}, not a string")
     if cut and not value.strip():
@@ -281,7 +282,7 @@ def _check_field(where: str, name: str, row: Mapping[str, Any], task: Task, *, c
 
 def _present(where: str, name: str, row: Mapping[str, Any], remedy: str) -> Any:
     if name not in row:
-        hint = near(name, row) or (remedy if row else "")
+        hint = near(name, row) + (remedy if row else "")
         raise DataError(f"{where}: {name}: the row has no such field, only {_listed(row) or 'none at all'}{hint}")
     if row[name] is None:
         raise DataError(f"{where}: {name}: null; fill it in or remove the row")

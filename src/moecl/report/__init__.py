@@ -1,7 +1,7 @@
 """Runs and benches -> one HTML page that opens offline, and the same as Markdown."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moecl._atomic import atomic_write
@@ -23,10 +23,13 @@ class Written:
     tables: list[Table]
 
 
-def make(folders: Sequence[Path], output: Path | None = None) -> Written:
+def make(
+    folders: Sequence[Path], output: Path | None = None, notes: Callable[[Path], Sequence[str]] = lambda folder: ()
+) -> Written:
     """Write the report of run and bench folders to `output`, and as Markdown beside it.
 
-    Without `output`: report.html in the folder, or in the current one for several.
+    Without `output`: report.html in the folder, or in the current one for several. `notes`: of a run folder, what is
+    to be said beside its result.
 
     Raises:
         RunError: a folder is no run's and no bench's, or the report cannot be written.
@@ -35,7 +38,11 @@ def make(folders: Sequence[Path], output: Path | None = None) -> Written:
     target = output or (folders[0] if len(folders) == 1 else Path()) / "report.html"
     if target.suffix.lower() not in (".html", ".htm"):
         raise RunError(f"{target}: a report is HTML; give a name that ends in .html")
-    page, headlines, tables = page_of([read(folder) for folder in folders])
+    found = [
+        replace(one, notes=[*one.notes, *notes(folder)]) if isinstance(one, Run) else one
+        for folder, one in ((folder, read(folder)) for folder in folders)
+    ]
+    page, headlines, tables = page_of(found)
     beside = target.with_suffix(".md")
     files = {target: html(page), beside: markdown(page)}
     if not target.parent.is_dir():

@@ -12,6 +12,7 @@ from moecl._yaml import dotted
 from moecl.errors import RunError
 from moecl.results import Result
 from moecl.routing import Routing
+from moecl.run_folder import RunFolder
 
 BENCH, RESULT, SCHEMA = "bench.json", "result.json", 1
 
@@ -30,6 +31,7 @@ class Run:
     result: Result
     moved: Mapping[str, Moved] = field(default_factory=dict)  # task -> rows, where both were written down
     routing: Routing | None = None  # of the tasks as they are in `result`
+    notes: Sequence[str] = ()  # what has changed since
 
 
 class _Open(BaseModel):
@@ -88,13 +90,14 @@ def read(folder: Path) -> Run | Bench:
     """
     if (folder / BENCH).is_file():
         return _read_bench(folder)
-    if (folder / RESULT).is_file():
-        result = Result.load(folder / RESULT)
+    run = RunFolder(folder)
+    if (result := run.last_result()) is not None:
         moved = {task: found for task in result.tasks if (found := _moved(folder / "predictions", task)) is not None}
         routing = Routing.load(folder)
         if routing is not None and routing.digests != result.digests:
             routing = None  # measured before the tasks were what they are
-        return Run(folder.resolve().name, result, moved, routing)
+        notes = [f"{name}: learned in part; the numbers are from before it."] if (name := run.learning()) else []
+        return Run(folder.resolve().name, result, moved, routing, notes)
     if (folder / "config.yaml").is_file():
         raise RunError(f"{folder}: the run is not finished; the command that started it goes on")
     raise RunError(

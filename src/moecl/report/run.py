@@ -49,7 +49,8 @@ def sections(run: Run, title: str) -> tuple[list[Section], Table]:
     shown = [Section(name, blocks, level, folded=_long(blocks)) for name, blocks in parts.items() if blocks]
     last = [*_environment(result)]
     hashes = [Section("Environment and hashes", last, level, folded=True)] if last else []
-    return [Section(title, list(_first(result))), *shown, *hashes], tasks
+    notes = [Text(note, "warning") for note in run.notes]
+    return [Section(title, [*notes, *_first(result)]), *shown, *hashes], tasks
 
 
 def _long(blocks: Sequence[Block]) -> bool:

@@ -160,7 +160,7 @@ class Library:
         if self.result_of is None:
             return None
         try:
-            return RunFolder(self.result_of).finished()
+            return RunFolder(self.result_of).last_result()
         except MoECLError as error:
             log.warning("result", extra={"fields": {"reason": str(error)}})
             return None

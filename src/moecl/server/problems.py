@@ -7,7 +7,7 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from starlette.responses import Response
 
-from moecl.errors import BusyError, MoECLError, StoreError, TaskError
+from moecl.errors import BusyError, MoECLError, StoreError, TaskError, near
 
 KINDS = {
     400: "invalid_request_error",
@@ -66,7 +66,9 @@ def from_validation(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"the body is not JSON ({first.get('ctx', {}).get('error', 'broken')})")
     param = place(first["loc"][1:])
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{param}: not supported; leave it out", param=param, code="unsupported_parameter")
+        missing = [str(one["loc"][-1]) for one in error.errors() if one["type"] == "missing"]
+        hint = near(str(first["loc"][-1]), missing) or "; leave it out"
+        return ApiError(400, f"{param}: not supported{hint}", param=param, code="unsupported_parameter")
     if not param:
         return ApiError(400, "the body is no JSON object; send one with the header Content-Type: application/json")
     if first["type"] == "missing":

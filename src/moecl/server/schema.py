@@ -187,7 +187,12 @@ class Classified(Said):
     task: str | None
     version: int | None
     expert: str | None = Field(description="sha256 of the task's own expert")
-    tasks: dict[str, float] | None = Field(default=None, description="under auto: each task's share")
+    tasks: dict[str, float] | None = Field(
+        default=None, description="under auto: each task's share, if the text is for one of them"
+    )
+    familiar: float | None = Field(
+        default=None, description="under auto: how like the tasks' texts it is, -1 to 1, -2 beyond all"
+    )
     gates: dict[str, float] | None = Field(
         default=None, description="where asked for: layer -> the task expert's weight"
     )

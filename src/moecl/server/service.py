@@ -16,6 +16,7 @@ from moecl.errors import DataError, StoreError
 from moecl.generation import Completion, Piece, Sampling
 from moecl.request import Prediction, Request, as_example
 from moecl.review import REVIEW, decide, rounded
+from moecl.router import Route
 from moecl.server.library import Library, Snapshot, expert
 from moecl.server.metrics import Metrics
 from moecl.server.pieces import Pieces
@@ -129,7 +130,7 @@ class Service:
     async def _classify(
         self, now: Snapshot, model: str, rows: Sequence[Row], gates: bool
     ) -> tuple[list[Classified], int]:
-        names, shares = await self._names(now, model, rows)
+        names, routes = await self._names(now, model, rows)
         records = [None if name is None else self._record(now, name) for name in names]
         read = {place: one for place, one in enumerate(records) if one is not None and one.task.kind != "generation"}
         if model != AUTO and not read:
@@ -140,7 +141,7 @@ class Service:
         data = []
         for place, one in enumerate(records):
             found, use = answers.get(place, (None, None))
-            data.append(classified(now, place, one, found, use, shares[place]))
+            data.append(classified(now, place, one, found, use, routes[place]))
         return data, sum(len(request.row.input_ids) for request in requests)
 
     async def _write(self, now: Snapshot, model: str, rows: Sequence[Asked], sampling: Sampling) -> list[Written]:
@@ -188,8 +189,8 @@ class Service:
 
     async def _names(
         self, now: Snapshot, model: str, rows: Sequence[Row]
-    ) -> tuple[list[str | None], list[dict[str, float] | None]]:
-        """The task of each row, None where auto knows none, and under auto the shares of all."""
+    ) -> tuple[list[str | None], list[Route | None]]:
+        """The task of each row, None where auto knows none, and under auto what decided it."""
         if model != AUTO:
             self._record(now, model)
             return [model] * len(rows), [None] * len(rows)
@@ -201,7 +202,7 @@ class Service:
             if not text.strip():
                 raise DataError(f"row {place + 1}: the text is empty, and auto cannot tell its task; fill it in")
         routes = [one for some in pieces(texts, ALONE) for one in await self._done(Routing(now.router.route, some))]
-        return [route.task for route in routes], [dict(route.shares) for route in routes]
+        return [route.task for route in routes], routes
 
     def _record(self, now: Snapshot, name: str) -> TaskRecord:
         try:
@@ -265,15 +266,17 @@ def classified(
     record: TaskRecord | None,
     found: Prediction | None,
     use: Mapping[int, float] | None,
-    tasks: dict[str, float] | None,
+    route: Route | None,
 ) -> Classified:
     undecided = None if now.levels is None else REVIEW
-    shares = None if tasks is None else {name: rounded(share) for name, share in tasks.items()}
     who: dict[str, Any] = {"task": None, "version": None, "expert": None}
+    if route is not None:
+        shares = {name: round(share, 6) for name, share in route.shares.items()}
+        who |= {"tasks": shares, "familiar": round(route.familiar, 6)}
     if record is not None:
-        who = {"task": record.name, "version": record.version, "expert": expert(record)}
+        who |= {"task": record.name, "version": record.version, "expert": expert(record)}
     if record is None or found is None:
-        return Classified(index=index, label=None, scores={}, decision=undecided, tasks=shares, **who)
+        return Classified(index=index, label=None, scores={}, decision=undecided, **who)
     scores = {label: rounded(share) for label, share in found.scores.items()}
     levels = (now.levels or {}).get(record.reference)
     return Classified(
@@ -282,7 +285,6 @@ def classified(
         scores=scores,
         decision=undecided if levels is None else decide(levels, found.label, scores),
         **who,
-        tasks=shares,
         gates=None if use is None else {str(layer): rounded(share) for layer, share in use.items()},
     )
 
