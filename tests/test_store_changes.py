@@ -133,7 +133,7 @@ def test_a_retired_task_that_is_learned_again_is_back(store):
 
 
 def test_delete_a_version(store):
-    with pytest.raises(StoreError, match="a@2: is the task's current version; roll it back first"):
+    with pytest.raises(StoreError, match="a@2: is the task's current version; let another answer first"):
         store.delete("a@2")
     with pytest.raises(StoreError, match="a@1: is also a@prod; promote another version to it first"):
         store.delete("a@1")
