@@ -46,9 +46,6 @@ class MoECLConfig(MethodConfig):
         default=32.0, gt=0, description="LoRA scale: lora_alpha / rank; twice the usual, as a new gate halves it"
     )
     lora_A_lr: float = Field(default=0.1, gt=0, description="factor on train.lr for lora_A of both experts")
-    shared_lr: float = Field(
-        default=1.0, gt=0, description="factor on the rates of the shared expert once a task has trained it"
-    )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout in front of lora_A; above 0 is slower")
     retention: Literal["exact", "live"] = Field(
         default="exact",

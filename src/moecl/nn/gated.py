@@ -52,7 +52,6 @@ class GatedLearner(nn.Module):
             else None
         )
         self.task = self.own_gate = self.head = None
-        self.warm = False  # whether the task under way found the shared expert trained
 
     @property
     def scale(self) -> float:
@@ -64,7 +63,6 @@ class GatedLearner(nn.Module):
         fresh = self._fresh(name, labels, start)
         if isinstance(start, Gated) and start.shared is not self.shared:
             self.shared.load_state_dict(start.shared.state_dict())
-        self.warm = any(bool(p.any()) for name, p in self.shared.named_parameters() if name.endswith("lora_B"))
         self.task, self.head = fresh.task, fresh.head
         self.own_gate = None if self.gate is not None else fresh.gate
         if self.adversary is not None:
@@ -129,24 +127,19 @@ class GatedLearner(nn.Module):
         return self._form(self._all())
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """What the task under way trains: both experts' lora_A, all else on their side, and the discriminator.
-
-        A shared expert that earlier tasks have trained stands apart where it has a rate of its own.
-        """
+        """What the task under way trains: both experts' lora_A, all else on their side, and the discriminator."""
         idle = {"both": (), "task": ("shared.", "gate.", "own_gate."), "shared": ("task.", "gate.", "own_gate.")}
         out = ("adversary.", *idle[self.config.experts])
         ours = [(name, p) for name, p in self.named_parameters() if not name.startswith(out)]
-        apart = self.warm and self.config.shared_lr != 1
-        found: dict[str, list[nn.Parameter]] = {"lora_A": [], "experts": []}
-        for name, p in ours:
-            side = "shared_" if apart and name.startswith("shared.") else ""
-            found.setdefault(side + ("lora_A" if name.endswith("lora_A") else "experts"), []).append(p)
-        return {**found, "discriminator": [] if self.adversary is None else list(self.adversary.parameters())}
+        return {
+            "lora_A": [p for name, p in ours if name.endswith("lora_A")],
+            "experts": [p for name, p in ours if not name.endswith("lora_A")],
+            "discriminator": [] if self.adversary is None else list(self.adversary.parameters()),
+        }
 
     def rates(self) -> dict[str, float]:
         """Group -> its learning rate, as a share of the whole's; 1 where it is not said (LoRA+, arXiv 2402.12354)."""
-        lora_A, shared = self.config.lora_A_lr, self.config.shared_lr
-        return {"lora_A": lora_A, "shared_lora_A": lora_A * shared, "shared_experts": shared}
+        return {"lora_A": self.config.lora_A_lr}
 
     def loss(self, features: Mapping[int, Tensor], step: int) -> Tensor:
         """The adversarial term of one batch; the step number seeds its draws, so that a resumed run draws the same."""
