@@ -213,7 +213,7 @@ def demo(
     print("\nTry next:")
     print(f"  echo 'The crowd went home happy.' | moecl predict {output} --task tweets")
     print(f"  moecl tasks {output}")
-    print("  moecl init stream.yaml && moecl check stream.yaml")
+    print("  moecl init stream.yaml   # then name your data in it, and: moecl check stream.yaml")
 
 
 app.command(cls=cli_bench.BenchCommand, epilog=cli_bench.EPILOG)(cli_bench.bench)
@@ -245,10 +245,10 @@ def predict(
     """Answer texts: one JSON object a row, in order.
 
     Each has the `label`, the `scores` of all labels, and the `task` and `version` that answered; for a generation task
-    `label` is the text that was written. A row's own label, where it has one, comes back as `true`. `decision` is the
-    label, or `review` for a human, where there are thresholds. Texts longer than the task's max_length are cut as they
-    were when it was learned. `--task auto`: each text finds its task (null, as `label`, for a text of none), and
-    `route` has each task's share.
+    `label` is the text that was written. A row's own label, where the task knows it, comes back as `true`. `decision`
+    is the label, or `review` for a human, where there are thresholds. Texts longer than the task's max_length are cut
+    as they were when it was learned. `--task auto`: each text finds its task (null, as `label`, where it is less
+    `familiar` than `moecl router RUN` says), and `route` has each task's share if it is for one of them.
     """
     if file is None and sys.stdin.isatty():
         err.print("rows from the terminal, one a line; Ctrl-D ends", style="dim")
