@@ -213,7 +213,8 @@ def demo(
     print("\nTry next:")
     print(f"  echo 'The crowd went home happy.' | moecl predict {output} --task tweets")
     print(f"  moecl tasks {output}")
-    print("  moecl init stream.yaml   # then name your data in it, and: moecl check stream.yaml")
+    print("  moecl init stream.yaml")
+    print("  moecl check stream.yaml   # once it names your data")
 
 
 app.command(cls=cli_bench.BenchCommand, epilog=cli_bench.EPILOG)(cli_bench.bench)
