@@ -107,10 +107,15 @@ def _in_order(order: str, *both: Standing) -> list[Standing]:
 
 
 def _beside(found: Sequence[Standing]) -> Iterator[Text]:
-    """What stands outside the race: the bound, and methods that keep data."""
+    """What stands outside the race: the bound, methods that keep data, and who is ahead on few cells."""
     first = ranking.leader(found)
     for one in found:
-        if first is None or one.rehearsal_free or (versus := compare(first, one)) is None:
+        if first is None or one is first or (versus := compare(first, one)) is None:
+            continue
+        if one.rehearsal_free:
+            if versus.mean < 0:
+                both = several(versus.cells, "cell")
+                yield Text(f"{one.label} is {points(versus.mean)} ahead of {first.label} on the {both} that both have.")
             continue
         how = KEEPS_DATA[one.method]
         on = f" on the {several(versus.cells, 'cell')} that both have" if versus.cells < len(first.results) else ""
