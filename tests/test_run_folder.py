@@ -48,6 +48,17 @@ def test_a_started_run(run, config):
     assert run.progress() == {}
 
 
+def test_a_run_from_before_a_setting_goes_on_as_it_was_begun(run, config):
+    for name in ("config.yaml", "stream.yaml"):
+        path = run.path / name
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if "lora_A_lr" not in line))
+        assert len(lines) == len(path.read_text().splitlines()) + 1
+    assert run.config().method.lora_A_lr == 1
+    with pytest.raises(RunError, match=r"method.lora_A_lr is 0.1, it was 1.0"):
+        run.check_same(config)
+
+
 def test_no_run(tmp_path):
     with pytest.raises(RunError, match=r"not a run folder \(no config.yaml\)"):
         RunFolder(tmp_path / "nothing").config()

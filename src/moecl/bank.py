@@ -266,7 +266,7 @@ def find(bank: Mapping[str, Entry], name: str) -> Entry:
 def settings_of(store: Store) -> tuple[MoECLConfig, int]:
     """How the last task of a store was learned, and the seed."""
     records = store.manifest.tasks
-    known: dict[str, Any] = dict(records[-1].settings) if records else {}
+    known = {**MoECLConfig.unrecorded, **records[-1].settings} if records else {}
     ours = MoECLConfig.model_fields if known.get("method") in (None, OURS) else ("adapt_layers",)
     fields: Any = {name: known[name] for name in ours if name in known}
     return MoECLConfig(**fields), int(known.get("seed", 0))

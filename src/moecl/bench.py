@@ -130,7 +130,7 @@ class Bench:
         known, now = self._recorded(label).get("tune"), self._tune(label)
         jobs = [job for job in (*self.trials[label], *self.cells) if job.label == label and job.started()]
         if known and now:
-            now["trials"] = [*now["trials"][: len(known["trials"])]]
+            now["trials"] = now["trials"][: len(known["trials"])]
         if jobs and self._recorded(label) and (changes := differences(known, now, f"tune of {label}")):
             raise refuse(self.out, changes, jobs)
 

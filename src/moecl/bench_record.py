@@ -1,5 +1,6 @@
 """What a bench is made of and what is known of it: cells, trials, and bench.json. Free of torch."""
 
+import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moecl._atomic import atomic_write
-from moecl.config import StreamConfig
+from moecl.config import StreamConfig, fill_unrecorded
 from moecl.errors import RunError
 from moecl.results import Result
 from moecl.run_folder import CONFIG, RESULT, RunFolder, differences
@@ -120,6 +121,8 @@ def changes_under(cell: Cell, record: Mapping[str, Any], stream: Mapping[str, An
 
 def filled(recorded: dict[str, Any]) -> dict[str, Any]:
     """Settings that this moecl knows and the one that wrote the record did not, as they were in effect."""
+    recorded = copy.deepcopy(recorded)
+    fill_unrecorded(recorded)
     try:
         return StreamConfig.model_validate(recorded).model_dump(mode="json")
     except ValueError:  # or one that is gone: it will show among the differences

@@ -60,8 +60,8 @@ def compare(
 
     Exit 0, or 3 where one failed. A task fails if its score in NEW is more than SHARE below OLD's: the difference
     itself decides, unless --strict or --confident lets its 95% interval (bootstrap over test rows, paired) do so. A
-    task that NEW lacks fails; a new one is shown; so does one that does not answer as it was tested, without --rescore.
-    Both runs must have been tested on the same rows, else exit 2.
+    task fails too that NEW lacks, or that does not answer as it was tested (see --rescore); a new one is shown. Both
+    runs must have been tested on the same rows, else exit 2.
 
     --general: mean log p a token under the base of each run, read on --device; it fails where the loss rises by more
     than that share.
@@ -116,6 +116,8 @@ def tested(path: Path, result: "Result", rescore: bool, device: str) -> "tuple[R
     anew = [one.name for one in open_store(run).tasks() if one.name in moved]
     if not rescore:
         return result, moved | {name: f"{moved[name]} (--rescore answers its rows anew)" for name in anew}
+    if not anew:  # retired or deleted, all of them
+        return result, moved
     with watched(err) as watching:
         result = retested(run, result, anew, device, watching)
     return result, {name: why for name, why in moved.items() if name not in anew}

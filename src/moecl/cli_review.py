@@ -92,7 +92,7 @@ def gathered(
     if run is not None:
         if validation or test:
             raise ConfigError(f"--{'validation' if validation else 'test'}: is for rows without a run; leave {run} out")
-        moved = unanswered(run) | not_as_tested(run)
+        moved = without_rows(run) | not_as_tested(run)
         anew = [name for name in rescorable(run, moved) if not tasks or name in tasks] if moved else []
         if rescore_on is None:
             moved |= {name: f"{moved[name]}; --rescore answers its rows anew" for name in anew}
@@ -108,17 +108,15 @@ def gathered(
     return of_files(validation, test, tasks[0] if tasks else test.name.partition(".")[0]), {}
 
 
-def unanswered(run: Path) -> dict[str, str]:
+def without_rows(run: Path) -> dict[str, str]:
     """Tasks with rows that the run has not answered: config.yaml may name them since."""
-    from moecl.review_rows import SPLITS, scored_rows
+    from moecl.review_rows import unanswered
     from moecl.run_folder import RunFolder
 
     folder = RunFolder(run)
     if not folder.exists() or (result := folder.last_result()) is None:
         return {}
-    paths = {name: [scored_rows(run, name, split) for split in SPLITS] for name in result.tasks}
-    lacking = {name: [path for path in both if not path.is_file()] for name, both in paths.items()}
-    return {name: f"no {some[0].relative_to(run)}" for name, some in lacking.items() if some}
+    return {name: reason for name in result.tasks if (reason := unanswered(run, name))}
 
 
 def answered_anew(run: Path, names: list[str], device: str) -> "dict[str, Pair]":

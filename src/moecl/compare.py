@@ -111,12 +111,11 @@ def compare_tasks(
     _check(max_drop)
     for side, result in (("OLD", old), ("NEW", new)):
         _check_items(result, side)
+    why = {task: f"in OLD {one}" for task, one in passed.items()} | {t: f"in NEW {one}" for t, one in gone.items()}
     return [
         *(
-            _only(old, task, "fail", f"in NEW {gone[task]}")
-            if task in gone and task in old.items
-            else _only(old, task, "fail", f"in OLD {passed[task]}")
-            if task in passed and task in old.items
+            _only(old, task, "fail", why[task])
+            if task in why and task in old.items
             else _change(old, new, task, max_drop, decides)
             for task in old.tasks
         ),

@@ -315,13 +315,14 @@ def describe_settings(method: str = "moe-cl") -> list[Setting]:
     return settings(StreamConfig, {"method": method_settings(method)})
 
 
-def load_stream(path: str | Path, overrides: Iterable[str] = ()) -> StreamConfig:
+def load_stream(path: str | Path, overrides: Iterable[str] = (), recorded: bool = False) -> StreamConfig:
     """Read a stream file.
 
     Args:
         path: the YAML file. Paths in it are taken relative to its folder and made absolute; they need not exist.
         overrides: `key=value` each, as --set takes them: the key with dots ("tasks.agnews.limit.train"; a task by its
             name or its number from 0), the value in YAML. It means what it would mean in the file.
+        recorded: a run's own file, which has all settings that were known when the run was started.
 
     Raises:
         ConfigError: one line with the file, the line and the key.
@@ -330,12 +331,22 @@ def load_stream(path: str | Path, overrides: Iterable[str] = ()) -> StreamConfig
     _raw.require_mapping(document)
     for setting in overrides:
         _raw.override(document, setting)
+    if recorded:
+        fill_unrecorded(document.data)
     folder = Path(path).parent.resolve()
     _raw.resolve_base(document, folder)
     tasks = document.data.get("tasks")
     for index in range(len(tasks) if isinstance(tasks, list) else 0):
         _raw.resolve_sources(document, ("tasks", index), folder)
     return _validated(StreamConfig, document)
+
+
+def fill_unrecorded(stream: Mapping[str, Any]) -> None:
+    """Give a recorded stream the settings that were not known when it was written, as they were in effect."""
+    method = stream.get("method")
+    if isinstance(method, dict) and (name := method.get("name")) in method_names():
+        for key, value in method_settings(str(name)).unrecorded.items():
+            method.setdefault(key, value)
 
 
 def load_task(path: str | Path) -> TaskConfig:

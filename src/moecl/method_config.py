@@ -1,6 +1,7 @@
 """Settings of the methods, by their names in the registry. Plug-ins bring their own: entry points `moecl.methods`."""
 
 import inspect
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -21,6 +22,7 @@ class MethodConfig(Settings):
     trains: ClassVar[str] = ""  # in words, for `moecl methods`
     stores: ClassVar[str] = ""
     needs_task: ClassVar[bool] = False  # whether an answer depends on which task is asked
+    unrecorded: ClassVar[Mapping[str, Any]] = {}  # settings of a run or store from before they were known
 
     name: str = Field(description="the method's name in the registry")
     adapt_layers: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
@@ -39,6 +41,7 @@ class MoECLConfig(MethodConfig):
     trains: ClassVar[str] = "a shared and a task expert, gate, discriminator"
     stores: ClassVar[str] = "each task's experts and gate"
     needs_task: ClassVar[bool] = True
+    unrecorded: ClassVar[Mapping[str, Any]] = {"lora_A_lr": 1.0}
 
     name: Literal["moe-cl"] = Field(default="moe-cl", description="the method's name in the registry")
     rank: int = Field(default=8, ge=1, description="rank r of each LoRA pair")

@@ -16,11 +16,18 @@ from moecl.review import REVIEW, Scored, Share, first_fault, rounded
 from moecl.review_measure import Pair
 from moecl.run_folder import RESULT, RunFolder
 
-PREDICTIONS, SPLITS = "predictions", ("validation", "test")
+PREDICTIONS = "predictions"
 
 
-def scored_rows(run: Path, task: str, split: str) -> Path:
-    return run / PREDICTIONS / f"{task}.{split}.jsonl"
+def scored_rows(run: Path, task: str) -> list[Path]:
+    """Where a run has a task's validation and test rows."""
+    return [run / PREDICTIONS / f"{task}.{split}.jsonl" for split in ("validation", "test")]
+
+
+def unanswered(run: Path, task: str) -> str | None:
+    """The first of them that is not there, in words."""
+    missing = [path.name for path in scored_rows(run, task) if not path.is_file()]
+    return f"no {PREDICTIONS}/{missing[0]}" if missing else None
 
 
 class Row(BaseModel):
@@ -181,11 +188,10 @@ def of_run(
         if name in moved:
             skipped[name] = moved[name]
             continue
-        paths = [scored_rows(run, name, split) for split in SPLITS]
-        if missing := [path.name for path in paths if not path.is_file()]:
-            skipped[name] = f"no {PREDICTIONS}/{missing[0]}"
+        if reason := unanswered(run, name):
+            skipped[name] = reason
             continue
-        validation, test = map(read_scored, paths)
+        validation, test = map(read_scored, scored_rows(run, name))
         if validation is None or test is None:
             skipped[name] = "a generation task, which has no thresholds"
         else:

@@ -47,6 +47,10 @@ class Route:
     shares: dict[str, float]
     familiar: float
 
+    def rounded(self) -> tuple[dict[str, float], float]:
+        """Shares and familiarity as they are told."""
+        return {name: round(share, 6) for name, share in self.shares.items()}, round(self.familiar, 6)
+
 
 @dataclass
 class Statistics:

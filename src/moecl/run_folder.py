@@ -53,7 +53,7 @@ class RunFolder:
             raise RunError(
                 f"{self.path}: not a run folder (no {CONFIG}); make one with `moecl train stream.yaml -o RUN`"
             )
-        return load_stream(self.path / CONFIG)
+        return load_stream(self.path / CONFIG, recorded=True)
 
     def check_free(self) -> None:
         """A first start needs a folder that holds nothing but what an earlier first start may have left."""
@@ -71,7 +71,7 @@ class RunFolder:
         path = self.path / STREAM
         if path.is_file() and path.read_bytes() == dump_stream(asked).encode():
             return  # most often, and sooner seen than two streams of many tasks are compared
-        before = load_stream(path)
+        before = load_stream(path, recorded=True)
         changes = differences(before.model_dump(mode="json"), asked.model_dump(mode="json"))
         if changes:
             more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""

@@ -175,8 +175,8 @@ def routed_answer(
         line = answer(found.prediction, records[task], true, (levels or {}).get(task))
     if levels is not None:
         line.setdefault("decision", REVIEW)
-    shares = {name: round(share, 6) for name, share in found.route.shares.items()}
-    return {**line, "route": shares, "familiar": round(found.route.familiar, 6)}
+    shares, familiar = found.route.rounded()
+    return {**line, "route": shares, "familiar": familiar}
 
 
 def true_label(row: str | Mapping[str, Any], engine: "Engine", task: str | None) -> str | None:
@@ -234,10 +234,11 @@ def retested(run: Path, result: "Result", names: Iterable[str], device: str, wat
     from moecl.evidence import items
     from moecl.results import SplitInfo
 
-    found = answered(run, [(name, "test") for name in names], device, EXPERT_MEMORY, watcher)
-    last, behind, data, config = [*result.R[-1]], dict(result.items), dict(result.data), RunFolder(run).config()
+    splits = splits_of(run, [(name, "test") for name in names])
+    found = answered_splits(run, splits, device, EXPERT_MEMORY, watcher)
+    last, behind, data = [*result.R[-1]], dict(result.items), dict(result.data)
     for (name, _), answers in found.items():
-        split = split_of(config, open_store(run).record(name), "test", run)
+        split = splits[name, "test"]
         last[result.tasks.index(name)], behind[name] = answers.score().score, items(answers)
         data[name] = {**data.get(name, {}), "test": SplitInfo(sha256=split.sha256, rows=len(split.examples))}
     return result.model_copy(update={"R": [*result.R[:-1], last], "items": behind, "data": data})
@@ -260,11 +261,24 @@ def answered(
     run: Path, wanted: Sequence[tuple[str, str]], device: str, expert_memory: int | str, watcher: "Watcher"
 ) -> "dict[tuple[str, str], Answers]":
     """What tasks answer now, by task and split of config.yaml; the rows are read before the base is loaded."""
+    return answered_splits(run, splits_of(run, wanted), device, expert_memory, watcher)
+
+
+def splits_of(run: Path, wanted: Sequence[tuple[str, str]]) -> "dict[tuple[str, str], Split]":
+    store, config = open_store(run), RunFolder(run).config()
+    return {(name, split): split_of(config, store.record(name), split, run) for name, split in wanted}
+
+
+def answered_splits(
+    run: Path,
+    splits: "Mapping[tuple[str, str], Split]",
+    device: str,
+    expert_memory: int | str,
+    watcher: "Watcher",
+) -> "dict[tuple[str, str], Answers]":
     from moecl.evaluate import answer_task, prompts
 
-    store, config = open_store(run), RunFolder(run).config()
-    splits = {(name, split): split_of(config, store.record(name), split, run) for name, split in wanted}
-    engine = as_tested(store, config, device, expert_memory)
+    engine = as_tested(open_store(run), RunFolder(run).config(), device, expert_memory)
     found = {}
     for done, ((name, split), rows) in enumerate(splits.items()):
         watcher.evaluating(len(splits), name, done, len(splits))

@@ -9,8 +9,8 @@ directions task t (from 1) keeps
 
 so that what may move shrinks as tasks come. The schedule is ours: the paper derives k a layer from how alike its input
 and output are, PEFT's tuner takes one number and its documentation advises 0 for the first task, (t - 1) / T later,
-which wants to know T. Trains: the low directions of the adapted FFNs, and the head. Stores: one
-set of weights for all tasks. Needs no task id.
+which wants to know T. Trains: the low directions of the adapted FFNs, and the head. Stores: one set of weights for all
+tasks. Needs no task id.
 """
 
 from collections.abc import Mapping

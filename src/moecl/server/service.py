@@ -271,8 +271,7 @@ def classified(
     undecided = None if now.levels is None else REVIEW
     who: dict[str, Any] = {"task": None, "version": None, "expert": None}
     if route is not None:
-        shares = {name: round(share, 6) for name, share in route.shares.items()}
-        who |= {"tasks": shares, "familiar": round(route.familiar, 6)}
+        who["tasks"], who["familiar"] = route.rounded()
     if record is not None:
         who |= {"task": record.name, "version": record.version, "expert": expert(record)}
     if record is None or found is None:
