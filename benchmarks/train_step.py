@@ -56,8 +56,8 @@ class Learning:
         return kept_bytes(self.loss, [*self.model.parameters(), *self.model.buffers(), *batch.values()])[1]
 
 
-def moecl(base: PreTrainedModel, batch: Batch, alpha: float = MoECLConfig().alpha) -> Learning:
-    model = MoECL.attach(twin(base), MoECLConfig(alpha=alpha)).train()
+def moecl(base: PreTrainedModel, batch: Batch, alpha: float = MoECLConfig().alpha, nested: bool = True) -> Learning:
+    model = MoECL.attach(twin(base), MoECLConfig(alpha=alpha, nested=nested)).train()
     model.add_task(labelled("first"))
     model(**{name: tensor[:1] for name, tensor in batch.items()}, task="first")  # something to remember it by
     model.add_task(labelled("second"))

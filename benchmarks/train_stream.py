@@ -72,8 +72,9 @@ def read_courses(data: Path, rows: int, backbone: Backbone, max_length: int) -> 
 class Student:
     """A model that learns course after course, from nothing after `reset`."""
 
-    def __init__(self, backbone: Backbone, train: TrainConfig) -> None:
-        self.model = MoECL(replace(backbone, model=twin(backbone.model)), MoECLConfig(), train.seed).train()
+    def __init__(self, backbone: Backbone, train: TrainConfig, nested: bool = True) -> None:
+        config = MoECLConfig(nested=nested)
+        self.model = MoECL(replace(backbone, model=twin(backbone.model)), config, train.seed).train()
         self.train, self.pad_id = train, pad_id(backbone)
         self.reset()
 
@@ -112,7 +113,7 @@ class Published(Student):
     """The published way, every row padded to `longest` tokens, or to the longest of its task where None."""
 
     def __init__(self, backbone: Backbone, train: TrainConfig, longest: int | None) -> None:
-        super().__init__(backbone, train)
+        super().__init__(backbone, train, nested=False)
         self.longest = longest
         replace_ffns(self.model, published_ffn)
 

@@ -211,6 +211,7 @@ def test_the_preset_is_the_paper() -> None:
         lora_A_lr=1.0,
         dropout=0.05,
         adapt_layers="all",
+        nested=False,
         retention="live",
         gate="shared",
         gate_std=0.02,

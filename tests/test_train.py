@@ -36,7 +36,7 @@ def edited(config: StreamConfig, folder: Path, name: str = "task0", **changes) -
 def finished(tmp_path_factory, tiny_folder):
     """A stream of three tasks that contradict each other, learned with validation."""
     folder = tmp_path_factory.mktemp("finished")
-    method, train = {"name": "moe-cl", "rank": 8}, {"epochs": 3, "save_steps": 50, "lr": 0.05}
+    method, train = {"name": "moe-cl", "rank": 8}, {"epochs": 3, "save_steps": 50, "lr": 0.02}
     config = stream(folder, tiny_folder, tasks=3, rows=48, method=method, train=train)
     recorder = Recorder(folder / "run")
     return config, folder, learn(config, folder / "run", recorder), recorder

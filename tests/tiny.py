@@ -93,10 +93,17 @@ def tiny_batch(rows: int = 3, length: int = 9, side: str = "right", vocab_size: 
 
 
 @torch.no_grad()
-def random_parts(geometry: Geometry, seed: int = 0, rank: int = 4, scale: float = 2.0, std: float = 0.3) -> Gated:
+def random_parts(
+    geometry: Geometry,
+    seed: int = 0,
+    rank: int = 4,
+    scale: float = 2.0,
+    std: float = 0.3,
+    form: type[Gated] = Gated,
+) -> Gated:
     """A task's parts with nothing at its start value: lora_A, lora_B and the gate drawn from N(0, std)."""
     generator = torch.Generator().manual_seed(1000 + seed)
-    parts = Gated(Expert(geometry, rank), Expert(geometry, rank), Gate(geometry), scale)
+    parts = form(Expert(geometry, rank), Expert(geometry, rank), Gate(geometry), scale)
     for module in (parts.shared, parts.task, parts.gate):
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)

@@ -231,7 +231,7 @@ class Bank(MutableMapping[str, Entry]):
             parts = FORMS[record.form].build(found, record.settings)
             if not isinstance(parts, Gated) or not parts.frozen or (record.live and self.moving):
                 return parts
-            key = ("packs", str(parts.scale), *(record.parts[part] for part in sorted(record.parts)))
+            key = ("packs", record.form, str(parts.scale), *(record.parts[part] for part in sorted(record.parts)))
             return parts.keeping(self.loaded.get(key, lambda: Packs(parts, self.itemsize)))
 
     def _part(self, store: Store, record: TaskRecord, part: str) -> nn.Module:

@@ -6,8 +6,9 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
+from moecl._explain import problem
 from moecl._settings import Settings
 from moecl.errors import ConfigError
 
@@ -41,7 +42,7 @@ class MoECLConfig(MethodConfig):
     trains: ClassVar[str] = "a shared and a task expert, gate, discriminator"
     stores: ClassVar[str] = "each task's experts and gate"
     needs_task: ClassVar[bool] = True
-    unrecorded: ClassVar[Mapping[str, Any]] = {"lora_A_lr": 1.0}
+    unrecorded: ClassVar[Mapping[str, Any]] = {"lora_A_lr": 1.0, "nested": False}
 
     name: Literal["moe-cl"] = Field(default="moe-cl", description="the method's name in the registry")
     rank: int = Field(default=8, ge=1, description="rank r of each LoRA pair")
@@ -54,6 +55,10 @@ class MoECLConfig(MethodConfig):
         default="exact",
         description="exact: a finished task's outputs never change; live: the shared expert moves on under it",
     )
+    nested: bool = Field(
+        default=True,
+        description="the task's expert adds to what the shared one adds; false: stands beside it, as in the paper",
+    )
     gate: Literal["task", "shared"] = Field(default="task", description="one gate a task, or one for all tasks")
     gate_std: float = Field(default=0.0, ge=0, description="standard deviation of a new gate's weights; 0: zeros")
     alpha: float = Field(default=0.1, ge=0, description="weight of the adversary; 0 turns it off")
@@ -62,12 +67,21 @@ class MoECLConfig(MethodConfig):
     )
     warm_start: Literal["zero", "shared", "nearest"] = Field(
         default="zero",
-        description="a new task's expert starts as no change, as the shared expert, or as the best fitting old one",
+        description="a new task's expert: no change, the shared one (not if nested), or the old one that fits best",
     )
     experts: Literal["both", "task", "shared"] = Field(
         default="both",
         description="an ablation: task leaves out the shared expert and its adversary, shared the task's",
     )
+
+    @field_validator("warm_start")
+    @classmethod
+    def _once_what_is_shared(cls, warm_start: str, info: ValidationInfo) -> str:
+        if warm_start == "shared" and info.data.get("nested"):
+            raise problem(
+                "'shared' would add the shared expert twice, as a nested one adds to it; set nested: false too"
+            )
+        return warm_start
 
     @classmethod
     def paper(cls) -> Self:
@@ -76,6 +90,7 @@ class MoECLConfig(MethodConfig):
             lora_alpha=16.0,
             lora_A_lr=1.0,
             dropout=0.05,
+            nested=False,
             retention="live",
             gate="shared",
             gate_std=0.02,

@@ -109,7 +109,7 @@ def test_exact_retention_hands_over_copies(gate):
     one.begin(A)
     stir(one)
     finished = one.finish()
-    assert finished.form == "gated"
+    assert finished.form == "nested"
     assert finished.moved == {}
     assert finished.settings == {
         "method": "moe-cl",
@@ -150,7 +150,8 @@ def test_live_retention_hands_over_what_moves(gate):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"gate": "shared", "retention": "live"}, {"alpha": 0.0}, {"warm_start": "shared"}]
+    "settings",
+    [{}, {"gate": "shared", "retention": "live"}, {"alpha": 0.0}, {"nested": False, "warm_start": "shared"}],
 )
 def test_it_is_taken_up_where_it_was_left(settings):
     one = method(**settings)

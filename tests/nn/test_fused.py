@@ -10,18 +10,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moecl.nn import fused
 from moecl.nn.call import Call, run_with
 from moecl.nn.inject import Injected
-from moecl.nn.moe_ffn import Gated, MoEFFN
+from moecl.nn.moe_ffn import Gated, MoEFFN, Nested
 from tiny import FAMILIES, HIDDEN, UNGATED, WIDE, parameters, random_parts, tiny_batch, tiny_model
 
 LAYER, RANK, ROWS, LENGTH = 1, 4, 3, 9
 TOKENS = ROWS * LENGTH
+FORMS = pytest.mark.parametrize("form", [Gated, Nested], ids=["apart", "nested"])
 
 
-def setting(family: str = "llama", dtype: torch.dtype = torch.float64) -> tuple[MoEFFN, Gated, torch.Tensor]:
+def setting(
+    family: str = "llama", dtype: torch.dtype = torch.float64, form: type[Gated] = Gated
+) -> tuple[MoEFFN, Gated, torch.Tensor]:
     injected = Injected(tiny_model(family, dtype=dtype), "all")
     layer = injected.layers[LAYER]
     ffn = (layer.fc1 if family == "opt" else layer.mlp).forward
-    parts = random_parts(injected.geometry, rank=RANK)
+    parts = random_parts(injected.geometry, rank=RANK, form=form)
     for module in (parts.shared, parts.task, parts.gate):
         module.to(torch.float32 if dtype == torch.bfloat16 else dtype)
     x = torch.randn(ROWS, LENGTH, HIDDEN, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 0.5
@@ -50,22 +53,24 @@ def gradients(ffn: MoEFFN, parts: Gated, x: torch.Tensor, plainly: bool = False)
     return [y, p, *torch.autograd.grad((y * weights).sum() + (p * weights[:, 0]).sum(), leaves)]
 
 
+@FORMS
 @pytest.mark.parametrize("rows_a_block", [1, 2, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_blocks_of_any_size_equal_the_plain_path(family, rows_a_block, monkeypatch):
+def test_blocks_of_any_size_equal_the_plain_path(family, rows_a_block, form, monkeypatch):
     monkeypatch.setattr(fused, "BLOCK_BYTES", rows_a_block * LENGTH * WIDE * 8)
-    ffn, parts, x = setting(family)
+    ffn, parts, x = setting(family, form=form)
     for ours, plain in zip(gradients(ffn, parts, x), gradients(ffn, parts, x, plainly=True), strict=True):
         assert plain.abs().max() > 1e-3
         torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
 
 
+@FORMS
 @pytest.mark.parametrize("few", [0, TOKENS], ids=["many tokens", "few tokens"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_gradients_both_ways_equal_the_plain_path(family, few, monkeypatch):
+def test_without_gradients_both_ways_equal_the_plain_path(family, few, form, monkeypatch):
     monkeypatch.setattr(fused, "FEW", few)
-    ffn, parts, x = setting(family)
-    other = random_parts(Injected(tiny_model(family), "all").geometry, 1, rank=2, scale=0.5)
+    ffn, parts, x = setting(family, form=form)
+    other = random_parts(Injected(tiny_model(family), "all").geometry, 1, rank=2, scale=0.5, form=form)
     calls = (lambda: Call((parts,), gate_use={}), lambda: Call((parts, other), torch.tensor([1, 0, 1]), gate_use={}))
     with torch.no_grad():
         for make in calls:
@@ -76,9 +81,10 @@ def test_without_gradients_both_ways_equal_the_plain_path(family, few, monkeypat
             torch.testing.assert_close(ours.gate_use[LAYER], plain.gate_use[LAYER], rtol=1e-9, atol=1e-9)
 
 
+@FORMS
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2", "opt"])
-def test_gradcheck_of_every_matrix(family):
-    ffn, parts, x = setting(family)
+def test_gradcheck_of_every_matrix(family, form):
+    ffn, parts, x = setting(family, form=form)
     leaves = [leaf for name, leaf in parameters(parts).items() if f"layers.{LAYER}." in name]
 
     def run(*_):
@@ -89,10 +95,11 @@ def test_gradcheck_of_every_matrix(family):
     assert torch.autograd.gradcheck(run, (x, *leaves), fast_mode=True)
 
 
-def test_experts_of_different_rank():
+@FORMS
+def test_experts_of_different_rank(form):
     ffn, parts, x = setting()
     other = random_parts(Injected(tiny_model(), "all").geometry, 1, rank=2)
-    odd = Gated(parts.shared, other.task.double(), parts.gate, parts.scale)
+    odd = form(parts.shared, other.task.double(), parts.gate, parts.scale)
     for ours, plain in zip(gradients(ffn, odd, x), gradients(ffn, odd, x, plainly=True), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
 
@@ -111,15 +118,16 @@ def saved_bytes(ffn: MoEFFN, parts: Gated, x: torch.Tensor) -> int:
     return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
-def test_what_is_saved_for_backward(family, dtype):
+def test_what_is_saved_for_backward(family, dtype, form):
     """Per token: x, the base's projections, rank-r products, two weights. Less than one plain LoRA keeps (4 F)."""
     ways = 1 if family in UNGATED else 2
-    ffn, parts, x = setting(family, dtype)
+    ffn, parts, x = setting(family, dtype, form)
     a_token = HIDDEN + ways * WIDE + (2 * ways + 2) * RANK + 2 + 2
     packed = parts.packed(LAYER, ffn.ffn.projections, x.dtype)
-    matrices = sum(m.numel() for m in (packed.A_in, packed.B_in, packed.A_down, packed.B_down))
+    matrices = sum(m.numel() for m in packed.matrices)
     of_mean = ROWS * (WIDE + LENGTH + 3 * RANK)  # m, its low product and the tokens' shares
     assert saved_bytes(ffn, parts, x) <= (TOKENS * a_token + matrices + of_mean) * x.element_size()
 
@@ -138,10 +146,11 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@FORMS
 @pytest.mark.parametrize("trains_below", [True, False])
-def test_base_gemms_of_a_step(trains_below):
+def test_base_gemms_of_a_step(trains_below, form):
     """Three forward, three backward; one backward where nothing below is trained: dx is not formed."""
-    ffn, parts, x = setting()
+    ffn, parts, x = setting(form=form)
     x = x.detach().requires_grad_(trains_below)
     of = Call((parts,))
     with Products() as forward, run_with(of):

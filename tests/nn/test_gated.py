@@ -12,6 +12,7 @@ from moecl.nn.forms import from_tensors, to_tensors
 from moecl.nn.gated import GatedLearner, seeded
 from moecl.nn.inject import Injected
 from moecl.nn.moe_ffn import Gated
+from moecl.nn.sums import Sum
 from tiny import HIDDEN, LAYERS, parameters, tiny_batch, tiny_model
 
 CONFIGS = {
@@ -21,6 +22,7 @@ CONFIGS = {
     "exact, shared gate": MoECLConfig(rank=4, gate="shared"),
     "paper": MoECLConfig.paper(),
     "no adversary": MoECLConfig(rank=4, alpha=0.0),
+    "apart": MoECLConfig(rank=4, nested=False),
 }
 BATCH = tiny_batch()
 
@@ -95,8 +97,18 @@ def test_a_later_task_starts_with_what_the_shared_expert_knows(injected):
     assert not torch.equal(logits(injected, two), injected.base(**BATCH).logits)
 
 
+def test_a_fresh_nested_expert_leaves_the_shared_one_as_it_is_and_one_apart_halves_it(injected):
+    started = {}
+    for nested in (True, False):
+        learner = GatedLearner(injected.geometry, MoECLConfig(rank=4, nested=nested))
+        learn(injected, learner, "one")
+        started[nested] = logits(injected, learner.begin("two"))
+        alone = logits(injected, Sum(learner.shared, learner.scale))
+        assert torch.allclose(started[nested], alone, rtol=1e-5, atol=1e-5) == nested
+
+
 def test_warm_start_copies_the_shared_expert(injected):
-    learner = GatedLearner(injected.geometry, MoECLConfig(rank=4, warm_start="shared"))
+    learner = GatedLearner(injected.geometry, MoECLConfig(rank=4, nested=False, warm_start="shared"))
     learn(injected, learner, "one")
     two = learner.begin("two")
     for name, tensor in learner.shared.state_dict().items():
@@ -300,7 +312,7 @@ def test_tensors_round_trip(injected, labels):
     assert not labels or set(stored["head"]) == {"head"}
     assert set(stored["gate"]) == {f"layers.{i}.gate" for i in range(LAYERS)}
     read = {part: from_tensors(injected.geometry, part, tensors) for part, tensors in stored.items()}
-    again = Gated(scale=one.scale, **read)
+    again = type(one)(scale=one.scale, **read)
     assert torch.equal(logits(injected, again), logits(injected, one))
     assert digest(again) == digest(one)
     assert not any(p.requires_grad for p in parameters(again).values())

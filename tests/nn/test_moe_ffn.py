@@ -7,12 +7,13 @@ from torch import nn
 
 from moecl.nn.call import Call, current_call, run_with
 from moecl.nn.inject import Injected, decoder_layers
-from moecl.nn.moe_ffn import Gated, MoEFFN
+from moecl.nn.moe_ffn import Gated, MoEFFN, Nested
 from moecl.nn.reference import delta, reference
 from tiny import FAMILIES, HIDDEN, UNGATED, WIDE, parameters, random_parts, tiny_batch, tiny_model
 
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-9, "atol": 1e-9}}
 LAYER = 1
+FORMS = pytest.mark.parametrize("form", [Gated, Nested], ids=["apart", "nested"])
 
 
 def moe_ffn(injected: Injected, index: int = LAYER) -> MoEFFN:
@@ -35,12 +36,13 @@ def inputs(dtype: torch.dtype = torch.float32, side: str = "right") -> tuple[tor
 # --- contract 2: the oracle ---
 
 
+@FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_the_reference_forward_and_backward(family, dtype):
+def test_equals_the_reference_forward_and_backward(family, dtype, form):
     injected = Injected(tiny_model(family, dtype=dtype), "all")
     ffn = moe_ffn(injected)
-    parts = cast(random_parts(injected.geometry), dtype)
+    parts = cast(random_parts(injected.geometry, form=form), dtype)
     x, mask = inputs(dtype)
     leaves = {name: p for name, p in parameters(parts).items() if f"layers.{LAYER}." in name}
     draw = torch.Generator().manual_seed(5)
@@ -72,11 +74,12 @@ def test_equals_the_reference_forward_and_backward(family, dtype):
         torch.testing.assert_close(ours, oracle, **TOLERANCE[dtype], msg=lambda m, label=label: f"{label}: {m}")
 
 
+@FORMS
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_gradcheck(family):
+def test_gradcheck(family, form):
     injected = Injected(tiny_model(family, dtype=torch.float64), 1)
     ffn = moe_ffn(injected)
-    parts = cast(random_parts(injected.geometry, rank=2), torch.float64)
+    parts = cast(random_parts(injected.geometry, rank=2, form=form), torch.float64)
     x, mask = inputs(torch.float64)
     x, mask = x[:2, :3].contiguous().requires_grad_(), mask[:2, :3].clone()
     mask[1, 2] = 0
@@ -126,11 +129,12 @@ def oracle_model(family: str, parts: Gated, mask: torch.Tensor) -> nn.Module:
     return base
 
 
+@FORMS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_whole_model_equals_the_reference(family):
+def test_whole_model_equals_the_reference(family, form):
     batch = tiny_batch()
     injected = Injected(tiny_model(family, dtype=torch.float64), "all")
-    parts = cast(random_parts(injected.geometry), torch.float64)
+    parts = cast(random_parts(injected.geometry, form=form), torch.float64)
     bare = injected.base(**batch).logits
     with run_with(Call((parts,), attention_mask=batch["attention_mask"])):
         ours = injected.base(**batch).logits
@@ -143,16 +147,20 @@ def test_whole_model_equals_the_reference(family):
 # --- contract 3: rows of different tasks in one batch ---
 
 
-def three_tasks(injected: Injected) -> tuple[Gated | None, ...]:
+def three_tasks(
+    injected: Injected, form: type[Gated] = Gated, other: type[Gated] | None = None
+) -> tuple[Gated | None, ...]:
     of = injected.geometry
-    return random_parts(of, 1, 4, scale=2.0), None, random_parts(of, 2, 2, scale=0.5), random_parts(of, 3, 8)
+    second = random_parts(of, 2, 2, scale=0.5, form=other or form)
+    return random_parts(of, 1, 4, scale=2.0, form=form), None, second, random_parts(of, 3, 8, form=form)
 
 
+@pytest.mark.parametrize("forms", [(Gated, Gated), (Nested, Nested), (Nested, Gated)], ids=["apart", "nested", "both"])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_mixed_batch_equals_rows_one_by_one(family, side):
+def test_mixed_batch_equals_rows_one_by_one(family, side, forms):
     injected = Injected(tiny_model(family), "all")
-    base, parts = injected.base, three_tasks(injected)
+    base, parts = injected.base, three_tasks(injected, *forms)
     batch = tiny_batch(rows=4, side=side)
     real = batch["attention_mask"].bool()
     same = {key: value[:1].expand(4, -1) for key, value in tiny_batch(rows=1).items()}
@@ -174,9 +182,10 @@ def test_mixed_batch_equals_rows_one_by_one(family, side):
     assert not torch.equal(mixed[0], bare[0])
 
 
-def test_mixed_batch_has_gradients():
+@FORMS
+def test_mixed_batch_has_gradients(form):
     injected = Injected(tiny_model(dtype=torch.float64), "all")
-    parts = three_tasks(injected)
+    parts = three_tasks(injected, form)
     for part in parts:
         if part is not None:
             cast(part, torch.float64)
@@ -197,9 +206,10 @@ def test_mixed_batch_has_gradients():
         torch.testing.assert_close(ours, oracle, **TOLERANCE[torch.float64])
 
 
-def test_mixed_rows_hand_back_what_rows_one_by_one_do():
+@FORMS
+def test_mixed_rows_hand_back_what_rows_one_by_one_do(form):
     injected = Injected(tiny_model(), "all")
-    parts, (x, mask) = three_tasks(injected), inputs()
+    parts, (x, mask) = three_tasks(injected, form), inputs()
 
     def handed_back(call, x):
         with torch.no_grad(), run_with(call):
@@ -230,11 +240,12 @@ def generate(injected: Injected, call: Call, batch: dict[str, torch.Tensor], **o
         return injected.base.generate(**batch, max_new_tokens=6, min_new_tokens=6, **options)
 
 
+@FORMS
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
 @pytest.mark.parametrize("beams", [1, 2])
-def test_generation_of_mixed_rows_equals_row_by_row(family, beams):
+def test_generation_of_mixed_rows_equals_row_by_row(family, beams, form):
     injected = Injected(tiny_model(family), "all")
-    parts = three_tasks(injected)
+    parts = three_tasks(injected, form)
     batch = tiny_batch(rows=4, side="left")
     rows = torch.tensor([3, 1, 0, 2])
     options = {"num_beams": beams, "num_return_sequences": beams, "do_sample": False}
@@ -309,11 +320,12 @@ def test_dropout_masks_what_lora_a_sees_and_nothing_else():
     torch.testing.assert_close((mean_y * real).sum(dim=1), with_twins.features[LAYER], **TOLERANCE[torch.float32])
 
 
+@FORMS
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_dropout_term_by_term(family):
+def test_dropout_term_by_term(family, form):
     """One mask of x in front of every first lora_A, one of h in front of every last; base terms and gate see all."""
     injected = Injected(tiny_model(family, dtype=torch.float64), "all")
-    ffn, parts = moe_ffn(injected), cast(random_parts(injected.geometry), torch.float64)
+    ffn, parts = moe_ffn(injected), cast(random_parts(injected.geometry, form=form), torch.float64)
     x, mask = inputs(torch.float64)
     call = Call((parts,), attention_mask=mask, features={}, dropout=0.5)
     torch.manual_seed(0)
@@ -324,11 +336,13 @@ def test_dropout_term_by_term(family):
     keep = F.dropout(torch.ones(*x.shape[:2], WIDE, dtype=x.dtype), 0.5)
     gate, up = ffn.ffn.project(x)
     outputs = []
-    for expert in (parts.shared, parts.task):
-        moved = [None if base is None else base + delta(seen, expert, LAYER, name, parts.scale)
-                 for base, name in ((gate, "gate_proj"), (up, "up_proj"))]  # fmt: skip
-        h = ffn.ffn.hidden(*moved)
-        outputs.append(ffn.ffn.down(h) + delta(h * keep, expert, LAYER, "down_proj", parts.scale))
+    for experts in ([parts.shared], [parts.shared, parts.task] if parts.nested else [parts.task]):
+
+        def added(seen, name, experts=experts):
+            return sum(delta(seen, expert, LAYER, name, parts.scale) for expert in experts)
+
+        h = ffn.ffn.hidden(None if gate is None else gate + added(seen, "gate_proj"), up + added(seen, "up_proj"))
+        outputs.append(ffn.ffn.down(h) + added(h * keep, "down_proj"))
     b = torch.softmax(x @ parts.gate.weight(LAYER).T, dim=-1)
     torch.testing.assert_close(y, b[..., :1] * outputs[0] + b[..., 1:] * outputs[1], **TOLERANCE[torch.float64])
     real = (mask / mask.sum(dim=1, keepdim=True, dtype=torch.float64))[..., None]
@@ -338,10 +352,11 @@ def test_dropout_term_by_term(family):
 # --- bf16, memory and counts ---
 
 
+@FORMS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bf16_base_with_fp32_experts(family):
+def test_bf16_base_with_fp32_experts(family, form):
     injected = Injected(tiny_model(family, dtype=torch.bfloat16), "all")
-    parts = random_parts(injected.geometry)
+    parts = random_parts(injected.geometry, form=form)
     batch = tiny_batch()
     call = Call((parts,), attention_mask=batch["attention_mask"], features={})
     with run_with(call):
@@ -384,8 +399,9 @@ def test_bf16_saves_nothing_large_in_fp32_for_backward(family, dropout):
     assert any(tensor.numel() == tokens * WIDE for tensor in saved), "the hook saw nothing"
 
 
+@FORMS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_experts_share_the_base_gemms(family):
+def test_both_experts_share_the_base_gemms(family, form):
     base = tiny_model(family)
     rows: dict[str, list[int]] = {}
     layer = decoder_layers(base)[LAYER]
@@ -398,7 +414,7 @@ def test_both_experts_share_the_base_gemms(family):
 
             module.forward = counted
     injected = Injected(base, "all")
-    parts = random_parts(injected.geometry)
+    parts = random_parts(injected.geometry, form=form)
     x, mask = inputs()
 
     def gemms(call):
@@ -410,4 +426,4 @@ def test_both_experts_share_the_base_gemms(family):
     once = 2 if family in (*UNGATED, "phi3") else 3  # Phi-3's gate and up are one matrix
     assert gemms(Call((parts,))) == [9] * once
     assert sorted(gemms(Call((parts,), attention_mask=mask, features={}))) == [1] + [9] * once
-    assert gemms(Call((parts, random_parts(injected.geometry, 1)), torch.tensor([0, 1, 0]))) == [9] * once
+    assert gemms(Call((parts, random_parts(injected.geometry, 1, form=form)), torch.tensor([0, 1, 0]))) == [9] * once

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from moecl.nn.call import Parts
 from moecl.nn.lora import Geometry, freeze, load_expert, load_gate
-from moecl.nn.moe_ffn import Gated
+from moecl.nn.moe_ffn import Gated, Nested
 from moecl.nn.sums import Keys, Mix, Sum
 from moecl.nn.weights import Projections, Weights
 
-FORMS: dict[str, type[Parts]] = {form.form: form for form in (Gated, Sum, Mix, Weights)}
+FORMS: dict[str, type[Parts]] = {form.form: form for form in (Gated, Nested, Sum, Mix, Weights)}
 
 
 def frozen_copy(module: Any) -> Any:

@@ -6,11 +6,15 @@ activations of both experts are made again from these. With t_e = dy W_d + dy B_
     db_e = <t_e, h_e>      dh_e = b_e t_e      du_e = dh_e a_e      dg_e = act'(g_e) dh_e u_e
     dx   = (dg_s + dg_t) W_g + (du_s + du_t) W_u + [dg_e B_g^e, du_e B_u^e, d logits] A_in
 
-so backward has three base GEMMs, as forward has. Matrices lie as the products read them fastest: lora_A as [r, in],
-lora_B transposed as [r, out]; c = lora_alpha / r is multiplied into lora_A.
+so backward has three base GEMMs, as forward has. Where the task's expert is nested, what the shared pairs add is in
+both: g_t and u_t begin as g_s and u_s, t_t as t_s, the shared pair down reads the mixed h, and dg_t and du_t reach the
+shared pairs too; no product more.
+
+Matrices lie as the products read them fastest: lora_A as [r, in], lora_B transposed as [r, out]; c = lora_alpha / r is
+multiplied into lora_A.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +39,17 @@ class Packed:
     B_in: Tensor  # [.., 2 P, r, F]: lora_B' in the same order
     A_down: Tensor  # [.., 2, r, F]: c lora_A
     B_down: Tensor  # [.., 2 r, D]: lora_B'
+    nested: bool = False
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.A_in, self.B_in, self.A_down, self.B_down
 
     @classmethod
     def stack(cls, rows: Sequence["Packed"]) -> "Packed":
-        """One set of matrices a row."""
-        return cls(*(torch.stack([getattr(one, name) for one in rows]) for name in cls.__dataclass_fields__))
+        """One set of matrices a row; all rows nested, or none."""
+        A_in, B_in, A_down, B_down = map(torch.stack, zip(*(one.matrices for one in rows), strict=True))
+        return cls(A_in, B_in, A_down, B_down, rows[0].nested)
 
 
 @dataclass(frozen=True)
@@ -62,8 +72,7 @@ def mixture(ffn: FFN, x: Tensor, packed: Packed, real: Tensor | None) -> tuple[T
     if not torch.is_grad_enabled():
         found = run(ffn, x, packed, real)
         return found.y, found.b, found.m
-    matrices = packed.A_in, packed.B_in, packed.A_down, packed.B_down
-    y, b, m = _Mixture.apply(ffn, real, x, *matrices)  # type: ignore[no-untyped-call]
+    y, b, m = _Mixture.apply(ffn, real, x, packed.nested, *packed.matrices)  # type: ignore[no-untyped-call]
     return y, b, m
 
 
@@ -76,17 +85,29 @@ def run(ffn: FFN, x: Tensor, packed: Packed, real: Tensor | None) -> Pass:
     low_d = x.new_empty(*x.shape[:2], packed.B_down.shape[-2])
     h, m = torch.empty_like(pre[-1]), x.new_empty(len(x) if real is not None else 0, 1, pre[-1].shape[-1])
     for rows in blocks(h):
-        experts = []
-        for expert in (0, 1):
-            ways = zip(pre, range(expert, len(lows), 2), strict=True)
-            z = [plus(one[rows], lows[at][rows], of(packed.B_in, at, rows)) for one, at in ways]
-            h_e = ffn.hidden(z[0] if len(z) > 1 else None, z[-1])
-            torch.mul(h_e @ of(packed.A_down, expert, rows).mT, b[rows, :, expert, None], out=half(low_d, expert)[rows])
-            experts.append(h_e)
-        torch.lerp(experts[0], experts[1], b[rows, :, 1:], out=h[rows])
+        b_s, b_t = b[rows].chunk(2, dim=-1)
+        h_s, h_t = (ffn.hidden(z[0] if len(z) > 1 else None, z[-1]) for z in moved(pre, lows, packed, rows))
+        mixed = torch.lerp(h_s, h_t, b_t, out=h[rows])
+        A_s, A_t = (of(packed.A_down, expert, rows).mT for expert in (0, 1))
+        half(low_d, 0)[rows] = mixed @ A_s if packed.nested else (h_s @ A_s).mul_(b_s)
+        torch.mul(h_t @ A_t, b_t, out=half(low_d, 1)[rows])
         if real is not None:
-            m[rows] = real[rows] @ experts[0]
+            m[rows] = real[rows] @ h_s
     return Pass(plus(ffn.down(h), low_d, packed.B_down), b, m, pre, low, low_d)
+
+
+def moved(
+    pre: Sequence[Tensor], lows: Sequence[Tensor], packed: Packed, rows: slice
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The projections [B, T, F] into the FFN of the shared and of the task's expert, for a block's rows."""
+
+    def add(expert: int, start: Iterable[Tensor]) -> list[Tensor]:
+        ways = zip(start, range(expert, len(lows), 2), strict=True)
+        return [plus(one, lows[at][rows], of(packed.B_in, at, rows)) for one, at in ways]
+
+    base = [one[rows] for one in pre]
+    shared = add(0, base)
+    return shared, add(1, shared if packed.nested else base)
 
 
 def is_few(x: Tensor) -> bool:
@@ -111,13 +132,20 @@ def run_few(ffn: FFN, x: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     b = weights(low)
     into = low[..., :-2].view(*low.shape[:-1], *packed.B_in.shape[-3:-1]).transpose(-3, -2)  # (.., 2 P, T, r)
     z = into @ packed.B_in  # (.., 2 P, T, F)
-    moved = z.chunk(len(pre), dim=-3)
-    for way, one in zip(moved, pre, strict=True):
+    ways = z.chunk(len(pre), dim=-3)
+    for way, one in zip(ways, pre, strict=True):
+        if packed.nested:
+            way.select(-3, 1).add_(way.select(-3, 0))
         way.add_(one.unsqueeze(-3))
-    h = ffn.hidden(moved[0] if len(pre) > 1 else None, moved[-1])  # (.., 2, T, F)
-    low_d = (h @ packed.A_down.mT).mul_(b.mT.unsqueeze(-1)).transpose(-3, -2).flatten(-2)  # (.., T, 2 r)
-    mixed = torch.lerp(h.select(-3, 0), h.select(-3, 1), b[..., 1:]).to(x.dtype)
-    y = ffn.down(mixed) + (low_d @ packed.B_down).to(x.dtype)
+    h = ffn.hidden(ways[0] if len(pre) > 1 else None, ways[-1])  # (.., 2, T, F)
+    h_s, h_t = h.select(-3, 0), h.select(-3, 1)
+    mixed = torch.lerp(h_s, h_t, b[..., 1:])
+    if packed.nested:
+        low_s, low_t = mixed @ packed.A_down.select(-3, 0).mT, h_t @ packed.A_down.select(-3, 1).mT
+        low_d = torch.cat((low_s, low_t * b[..., 1:]), dim=-1)  # (.., T, 2 r)
+    else:
+        low_d = (h @ packed.A_down.mT).mul_(b.mT.unsqueeze(-1)).transpose(-3, -2).flatten(-2)
+    y = ffn.down(mixed.to(x.dtype)) + (low_d @ packed.B_down).to(x.dtype)
     return y.view_as(x), b.view(*x.shape[:2], 2)
 
 
@@ -130,10 +158,18 @@ def weights(low: Tensor) -> Tensor:
 class _Mixture(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, ffn: FFN, real: Tensor | None, x: Tensor, A_in: Tensor, B_in: Tensor, A_d: Tensor, B_d: Tensor
+        ctx,
+        ffn: FFN,
+        real: Tensor | None,
+        x: Tensor,
+        nested: bool,
+        A_in: Tensor,
+        B_in: Tensor,
+        A_d: Tensor,
+        B_d: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        done = run(ffn, x, Packed(A_in, B_in, A_d, B_d), real)
-        ctx.ffn, ctx.real = ffn, real
+        done = run(ffn, x, Packed(A_in, B_in, A_d, B_d, nested), real)
+        ctx.ffn, ctx.real, ctx.nested = ffn, real, nested
         ctx.save_for_backward(x, done.low, done.low_d, done.b, A_in, B_in, A_d, B_d, *done.pre)
         ctx.mark_non_differentiable(done.b)
         return done.y, done.b, done.m
@@ -142,30 +178,35 @@ class _Mixture(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor, _: Tensor, dm: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
         x, low, low_d, b, A_in, B_in, A_d, B_d, *pre = ctx.saved_tensors
+        packed, nested = Packed(A_in, B_in, A_d, B_d, ctx.nested), ctx.nested
         *W_in, W_d = ctx.ffn.matrices()
         dh, dlow_d = dy @ W_d, dy @ B_d.mT  # (B, T, F), (B, T, 2 r)
         dlow, db, dpre = torch.empty_like(low), torch.empty_like(b[..., 0]), [torch.empty_like(one) for one in pre]
         lows, dlows = (one[..., :-2].chunk(len(B_in), dim=-1) for one in (low, dlow))
-        dlow_ds = dlow_d.chunk(2, dim=-1)
         dA, dB = torch.zeros_like(A_d), torch.zeros_like(B_in)
+
+        def into(at: int, rows: slice, grad: Tensor) -> None:
+            """The gradient of what pair `at` adds, to its lora_B and to its low product."""
+            add_outer(dB[at], lows[at][rows], grad)
+            dlows[at][rows] = grad @ B_in[at].mT
+
         for rows in blocks(dh):
-            products = []
-            for expert in (0, 1):
-                ways = range(expert, len(B_in), 2)
-                z = [plus(one[rows], lows[at][rows], B_in[at]) for one, at in zip(pre, ways, strict=True)]
-                h_e, through = activate(ctx.ffn, z)
-                t = plus(dh[rows], dlow_ds[expert][rows], A_d[expert])
-                weight = b[rows, :, expert, None]
-                add_outer(dA[expert], dlow_ds[expert][rows] * weight, h_e)
-                products.append(h_e.mul_(t))
-                dh_e = t.mul_(weight)
-                if expert == 0 and ctx.real is not None:
-                    dh_e.baddbmm_(ctx.real[rows].mT, dm[rows])
-                for at, total, grad in zip(ways, dpre, through(dh_e), strict=True):
-                    add_outer(dB[at], lows[at][rows], grad)
-                    dlows[at][rows] = grad @ B_in[at].mT
-                    total[rows].copy_(grad) if expert == 0 else total[rows].add_(grad)
-            db[rows] = products[1].sub_(products[0]).sum(dim=-1)
+            b_s, b_t = b[rows].chunk(2, dim=-1)
+            low_s, low_t = dlow_d[rows].chunk(2, dim=-1)
+            (h_s, to_s), (h_t, to_t) = (activate(ctx.ffn, z) for z in moved(pre, lows, packed, rows))
+            t_s = plus(dh[rows], low_s, A_d[0])
+            t_t = plus(t_s if nested else dh[rows], low_t, A_d[1])
+            add_outer(dA[0], low_s if nested else low_s * b_s, torch.lerp(h_s, h_t, b_t) if nested else h_s)
+            add_outer(dA[1], low_t * b_t, h_t)
+            db[rows] = h_t.mul_(t_t).sub_(h_s.mul_(t_s)).sum(dim=-1)
+            dh_s = t_s.mul_(b_s)
+            if ctx.real is not None:
+                dh_s.baddbmm_(ctx.real[rows].mT, dm[rows])
+            grads = zip(to_s(dh_s), to_t(t_t.mul_(b_t)), dpre, strict=True)
+            for way, (grad_s, grad_t, total) in enumerate(grads):
+                torch.add(grad_s, grad_t, out=total[rows])
+                into(2 * way, rows, total[rows] if nested else grad_s)
+                into(2 * way + 1, rows, grad_t)
         dlogit = b[..., 0] * b[..., 1] * db
         dlow[..., -2:] = torch.stack((-dlogit, dlogit), dim=-1)
         dx = None
@@ -173,7 +214,7 @@ class _Mixture(torch.autograd.Function):
             dx = dlow @ A_in
             for grad, W in zip(dpre, W_in, strict=True):
                 dx.flatten(0, 1).addmm_(grad.flatten(0, 1), W)
-        return None, None, dx, outer(dlow, x), dB, dA, outer(low_d, dy)
+        return None, None, dx, None, outer(dlow, x), dB, dA, outer(low_d, dy)
 
 
 def activate(ffn: FFN, z: list[Tensor]) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:

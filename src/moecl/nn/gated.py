@@ -15,7 +15,7 @@ from moecl.nn.call import Parts
 from moecl.nn.discriminator import Adversary
 from moecl.nn.forms import frozen_copy, tensors
 from moecl.nn.lora import Expert, Gate, Geometry
-from moecl.nn.moe_ffn import Gated
+from moecl.nn.moe_ffn import Gated, Nested
 from moecl.nn.sums import Sum
 
 HEAD_STD = 0.02  # as transformers draws a classification head
@@ -54,6 +54,10 @@ class GatedLearner(nn.Module):
         self.task = self.own_gate = self.head = None
 
     @property
+    def form(self) -> type[Gated]:
+        return Nested if self.config.nested else Gated
+
+    @property
     def scale(self) -> float:
         return self.config.lora_alpha / self.config.rank
 
@@ -90,7 +94,7 @@ class GatedLearner(nn.Module):
             return Sum(task, self.scale)
         assert isinstance(gate, Gate)
         assert isinstance(shared, Expert)
-        return Gated(shared if self.config.retention == "exact" else self.shared, task, gate, self.scale)
+        return self.form(shared if self.config.retention == "exact" else self.shared, task, gate, self.scale)
 
     @property
     def _task(self) -> str:
@@ -109,7 +113,7 @@ class GatedLearner(nn.Module):
         elif self.config.warm_start == "shared":
             task.load_state_dict(self.shared.state_dict())
         head = new_head(labels, self.geometry.hidden_size, seeded(self.seed, name, "head")) if labels else None
-        return Gated(self.shared, task.to(device), gate.to(device), self.scale, head.to(device) if head else None)
+        return self.form(self.shared, task.to(device), gate.to(device), self.scale, head.to(device) if head else None)
 
     def _form(self, parts: Gated) -> Parts:
         """All of them, or for the ablations one expert alone."""
@@ -121,7 +125,7 @@ class GatedLearner(nn.Module):
         gate = self.gate or self.own_gate
         assert self.task is not None, "no task under way"
         assert gate is not None
-        return Gated(self.shared, self.task, gate, self.scale, self.head)
+        return self.form(self.shared, self.task, gate, self.scale, self.head)
 
     def parts(self) -> Parts:
         return self._form(self._all())
@@ -153,7 +157,7 @@ class GatedLearner(nn.Module):
         shared = frozen_copy(parts.shared) if exact else parts.shared
         gate = parts.gate if self.gate is not None and not exact else frozen_copy(parts.gate)
         head = None if parts.head is None else frozen_copy(parts.head)
-        finished = self._form(Gated(shared, frozen_copy(parts.task), gate, self.scale, head))
+        finished = self._form(self.form(shared, frozen_copy(parts.task), gate, self.scale, head))
         if self.adversary is not None:
             self.adversary.remember()
         self.task = self.own_gate = self.head = None

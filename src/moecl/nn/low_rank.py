@@ -25,18 +25,18 @@ def add_lora(y: Tensor, x: Tensor, pair: tuple[Tensor, Tensor], scale: float | T
     return torch.baddbmm(y, low, lora_B.mT)
 
 
-def with_lora(
-    ffn: FFN,
-    gate: Tensor | None,
-    up: Tensor,
-    x: Tensor,
-    pairs: Pairs,
-    scale: float | Tensor,
-) -> Tensor:
-    """h [B, T, F] of the FFN with LoRA on what projects x into it."""
+def moved(
+    gate: Tensor | None, up: Tensor, x: Tensor, pairs: Pairs, scale: float | Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """gate and up [B, T, F] with LoRA on what projects x into the FFN."""
     if gate is not None:
         gate = add_lora(gate, x, pairs["gate_proj"], scale)
-    return ffn.hidden(gate, add_lora(up, x, pairs["up_proj"], scale))
+    return gate, add_lora(up, x, pairs["up_proj"], scale)
+
+
+def with_lora(ffn: FFN, gate: Tensor | None, up: Tensor, x: Tensor, pairs: Pairs, scale: float | Tensor) -> Tensor:
+    """h [B, T, F] of the FFN with LoRA on what projects x into it."""
+    return ffn.hidden(*moved(gate, up, x, pairs, scale))
 
 
 def cast_pair(expert: Expert, layer: int, projection: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@ With c = lora_alpha / rank, experts s (shared) and t (task), and the gate b = so
     h_e = act(W_g x + c B_g^e A_g^e x) * (W_u x + c B_u^e A_u^e x)
     y   = W_d (b_s h_s + b_t h_t) + c B_d^s A_d^s (b_s h_s) + c B_d^t A_d^t (b_t h_t)
 
-The weights are scalars per token and sum to 1, so the base's three GEMMs run once for both experts, exactly.
+The weights are scalars per token and sum to 1, so the base's three GEMMs run once for both experts, exactly. A nested
+task's expert adds to what the shared one adds: B_g^t A_g^t is B_g^s A_g^s + B_g^t A_g^t, and so for up and down.
 The discriminator reads p = mean(y_s) over real tokens; means commute with linear maps, so only the mean of h_s is
 projected down: p = W_d m + bias + c B_d^s A_d^s m, m = mean(h_s).
 """
@@ -22,7 +23,7 @@ from moecl.nn.call import Call, Parts, current_call, token_shares
 from moecl.nn.ffn import FFN
 from moecl.nn.fused import Packed, few_dtype, is_few, mixture, plus, run_few
 from moecl.nn.lora import Expert, Gate
-from moecl.nn.low_rank import add_lora, cast_pair, fill, stacked, with_lora
+from moecl.nn.low_rank import add_lora, cast_pair, fill, moved, stacked, with_lora
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Gated(Parts):
     """Form `gated`: a task's shared and own expert under a gate. `scale` is c = lora_alpha / rank."""
 
     form: ClassVar[str] = "gated"
+    nested: ClassVar[bool] = False  # whether the task's expert adds to what the shared one adds
     needs: ClassVar[frozenset[str]] = frozenset({"shared", "task", "gate"})
     shared: Expert
     task: Expert
@@ -70,6 +72,17 @@ class Gated(Parts):
 
 
 @dataclass(frozen=True)
+class Nested(Gated):
+    """Form `nested`: a gate decides for each token how much of its own a task adds to the shared expert.
+
+    Beyond the paper, whose task expert stands beside the shared one: a fresh one then halves what the shared one knows.
+    """
+
+    form: ClassVar[str] = "nested"
+    nested: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class LayerParts:
     """One layer's tensors for the rows of a call, with a leading [B] where rows differ.
 
@@ -80,6 +93,7 @@ class LayerParts:
     task: dict[str, tuple[Tensor, Tensor]]
     gate: Tensor
     scale: float | Tensor
+    nested: bool
 
 
 class MoEFFN:
@@ -140,15 +154,19 @@ def mix_plainly(ffn: FFN, layer: int, x: Tensor, call: Call) -> Tensor:
     parts = layer_parts(call, layer, ffn.projections, x)
     gate, up = ffn.project(x)  # (B, T, F)
     seen = F.dropout(x, call.dropout) if call.dropout else x
-    h_s = with_lora(ffn, gate, up, seen, parts.shared, parts.scale)  # (B, T, F)
-    h_t = with_lora(ffn, gate, up, seen, parts.task, parts.scale)  # (B, T, F)
+    shared = moved(gate, up, seen, parts.shared, parts.scale)
+    h_s = ffn.hidden(*shared)  # (B, T, F)
+    h_t = with_lora(ffn, *(shared if parts.nested else (gate, up)), seen, parts.task, parts.scale)  # (B, T, F)
     precise = torch.promote_types(x.dtype, torch.float32)
     b = torch.softmax(x @ parts.gate.mT, dim=-1, dtype=precise).to(x.dtype)  # (B, T, 2)
     b_s, b_t = b[..., :1], b[..., 1:]
     keep = F.dropout(torch.ones_like(h_s), call.dropout) if call.dropout else None
     seen_s, seen_t = (h_s, h_t) if keep is None else (h_s * keep, h_t * keep)
     y = ffn.down(torch.lerp(h_s, h_t, b_t))  # (B, T, D)
-    y = add_lora(y, seen_s, parts.shared["down_proj"], b_s * parts.scale)
+    if parts.nested:
+        y = add_lora(y, torch.lerp(seen_s, seen_t, b_t), parts.shared["down_proj"], parts.scale)
+    else:
+        y = add_lora(y, seen_s, parts.shared["down_proj"], b_s * parts.scale)
     y = add_lora(y, seen_t, parts.task["down_proj"], b_t * parts.scale)
     if call.features is not None:
         shares = token_shares(call, x)
@@ -176,6 +194,7 @@ def pack(parts: Gated, layer: int, projections: Sequence[str], dtype: torch.dtyp
         torch.stack([lora_B.mT for _, lora_B in into]),
         torch.stack([lora_A for lora_A, _ in down]) * c,
         torch.cat([lora_B for _, lora_B in down], dim=1).mT.contiguous(),
+        parts.nested,
     )
 
 
@@ -210,6 +229,7 @@ def layer_parts(call: Call, layer: int, projections: Sequence[str], x: Tensor) -
             {name: cast_pair(parts.task, layer, name, x.dtype) for name in projections},
             parts.gate.weight(layer).to(x.dtype),
             parts.scale,
+            parts.nested,
         )
     rows, own = call.spread(len(x)), experts(call)
     return LayerParts(
@@ -217,4 +237,5 @@ def layer_parts(call: Call, layer: int, projections: Sequence[str], x: Tensor) -
         {name: stacked([parts.task for parts in own], layer, name, rows, x) for name in projections},
         torch.stack([parts.gate.weight(layer) for parts in own]).to(x.dtype)[rows],
         torch.tensor([parts.scale for parts in own], device=x.device, dtype=x.dtype)[rows, None, None],
+        own[0].nested,
     )
