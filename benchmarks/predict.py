@@ -24,7 +24,7 @@ from moecl.engine import MAX_ROWS, Prediction, Request
 from moecl.errors import BaseError
 from moecl.nn.forms import to_tensors
 from moecl.nn.lora import Expert, Gate
-from moecl.nn.moe_ffn import Gated
+from moecl.nn.moe_ffn import Nested
 from moecl.request import last_only
 from moecl.store import TaskRecord
 from sides import LABELS, AnswersOnly, labelled, peft_lora, stir, stir_parts, twin
@@ -52,9 +52,8 @@ def write_store(model: MoECL, folder: Path, tasks: int) -> Store:
     settings = {"scale": model.config.lora_alpha / model.config.rank, **model.config.model_dump(exclude={"name"})}
     for begin in range(0, tasks, AT_ONCE):
         numbers = range(begin, min(begin + AT_ONCE, tasks))
-        store.commit(
-            [(TaskRecord(task=labelled(name_of(n)), form="gated", settings=settings), drawn(model, n)) for n in numbers]
-        )
+        records = (TaskRecord(task=labelled(name_of(n)), form="nested", settings=settings) for n in numbers)
+        store.commit([(record, drawn(model, n)) for record, n in zip(records, numbers, strict=True)])
     return store
 
 
@@ -62,7 +61,7 @@ def drawn(model: MoECL, seed: int) -> dict[str, dict[str, Tensor]]:
     """A task's stored tensors, small and random."""
     config, geometry = model.config, model.geometry
     shared, task = Expert(geometry, config.rank), Expert(geometry, config.rank)
-    parts = Gated(shared, task, Gate(geometry), config.lora_alpha / config.rank)
+    parts = Nested(shared, task, Gate(geometry), config.lora_alpha / config.rank)
     stir_parts(parts, seed)
     return to_tensors(parts)
 

@@ -5,10 +5,14 @@ guesses the task from the shared expert's output, and the shared expert is train
 
     experts, gate, head minimise L_SFT - alpha L_GAN; the discriminator minimises L_GAN.
 
-Beyond the paper, lora_A learns at a tenth of the rate (`lora_A_lr`), as in LoRA+ (arXiv 2402.12354): at the full one a
-shared expert that was trained before is ruined by a high lr. And a new task may start as that old task which fits its
-training rows best (`warm_start: nearest`): of a fresh start and of the few old tasks whose texts are nearest, what has
-the least loss.
+Beyond the paper:
+
+- The task's expert is nested in the shared one (`nested`): it adds to what that one adds, so a new task starts as what
+  the shared expert knows, where one that stands beside it starts with half of that.
+- lora_A learns at a tenth of the rate (`lora_A_lr`), as in LoRA+ (arXiv 2402.12354): at the full one a shared expert
+  that was trained before is ruined by a high lr.
+- A new task may start as that old task which fits its training rows best (`warm_start: nearest`): of a fresh start and
+  of the few old tasks whose texts are nearest, what has the least loss.
 
 Trains: shared expert, the task's expert, gate and head, discriminator. Stores: a task's expert, gate and head, and with
 retention `exact` its copy of the shared expert; for further learning the shared expert, the discriminators and a mean
