@@ -22,7 +22,7 @@ from moecl.export import averaged, one_expert, one_lora
 from moecl.method_config import MoECLConfig
 from moecl.model import MoECL
 from moecl.nn.call import run_with
-from moecl.nn.moe_ffn import Gated
+from moecl.nn.moe_ffn import Gated, Nested
 from moecl.nn.sums import Keys, Mix, Sum
 from moecl.nn.weights import Weights
 from tiny import FAMILIES, LAYERS, random_parts, tiny_batch, tiny_model, tiny_tokenizer
@@ -53,10 +53,11 @@ def by_peft(folder: Path, family: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layers", ["all", 1])
+@pytest.mark.parametrize("form", [Gated, Nested], ids=["apart", "nested"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft_runs_an_expert_as_we_do(tmp_path, family, layers):
+def test_peft_runs_an_expert_as_we_do(tmp_path, family, layers, form):
     model = attached(family, layers)
-    parts = random_parts(model.geometry)
+    parts = random_parts(model.geometry, form=form)
     for which in ("task", "shared"):
         lora = one_expert(Entry(TASK, parts), which)
         write_folder(tmp_path / which, adapter(model, lora))
@@ -130,6 +131,19 @@ def test_a_whole_task_as_one_lora():
     assert exact.largest_logit_gap < 1e-4
     gaps = [one_lora(*answering(random_parts(geometry, std=std)), ROWS)[1].largest_logit_gap for std in (0.1, 0.02)]
     assert parity.largest_logit_gap > gaps[0] > gaps[1]
+
+
+def test_a_nested_task_as_one_lora():
+    """Exact where nothing stands in for the gate: with a task's expert that adds nothing."""
+    parts = random_parts(attached().geometry, form=Nested)
+    lora, parity = one_lora(*answering(parts), ROWS)
+    assert (lora.lora.rank, parity.largest_logit_gap > 0.1) == (8, True)
+    with torch.no_grad():
+        for name, p in parts.task.named_parameters():
+            p.mul_(not name.endswith("lora_B"))
+    _, exact = one_lora(*answering(parts), ROWS)
+    assert exact.agreement == 1
+    assert exact.largest_logit_gap < 1e-4
 
 
 def test_the_gates_mean_is_that_of_the_rows():

@@ -30,7 +30,7 @@ from moecl.metrics import ANSWER_METRICS
 from moecl.nn.call import run_with
 from moecl.nn.lora import Expert
 from moecl.nn.moe_ffn import Gated
-from moecl.nn.sums import Sum, merge
+from moecl.nn.sums import Sum
 from moecl.store import Store, TaskRecord
 
 EXPERTS = ("task", "shared")
@@ -62,8 +62,10 @@ def one_expert(entry: Entry, which: str | None = None) -> Sum:
     if isinstance(parts, Gated):
         if which not in (None, *EXPERTS):
             raise ConfigError(f"--expert: {which!r:.60} is none of {', '.join(EXPERTS)}")
-        own = merge([parts.shared, parts.task]) if parts.nested else parts.task
-        return Sum(parts.shared if which == "shared" else own, parts.scale)
+        if which == "shared":
+            return Sum(parts.shared, parts.shared_scale)
+        whole = dict.fromkeys(parts.shared.geometry.layers, 1.0)
+        return averaged(parts, whole) if parts.nested else Sum(parts.task, parts.scale)
     if isinstance(parts, Sum):
         if which is not None:
             raise ConfigError(f"--expert: task {entry.name!r} has one LoRA and no experts to choose from; leave it out")
@@ -97,7 +99,8 @@ def averaged(parts: Gated, task_weight: Mapping[int, float]) -> Sum:
     merged.to(next(parts.shared.parameters()).device)
     with torch.no_grad():
         for layer in merged.geometry.layers:
-            weights = 1.0 if parts.nested else 1 - task_weight[layer], task_weight[layer]
+            of_shared = parts.shared_scale / parts.scale if parts.nested else 1 - task_weight[layer]
+            weights = of_shared, task_weight[layer]
             for name in merged.geometry.projections:
                 pairs = [expert.pair(layer, name) for expert in experts]
                 merged.pair(layer, name).lora_A.copy_(torch.cat([pair.lora_A for pair in pairs]))

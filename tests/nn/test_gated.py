@@ -102,8 +102,9 @@ def test_a_fresh_nested_expert_leaves_the_shared_one_as_it_is_and_one_apart_halv
     for nested in (True, False):
         learner = GatedLearner(injected.geometry, MoECLConfig(rank=4, nested=nested))
         learn(injected, learner, "one")
-        started[nested] = logits(injected, learner.begin("two"))
-        alone = logits(injected, Sum(learner.shared, learner.scale))
+        two = learner.begin("two")
+        started[nested] = logits(injected, two)
+        alone = logits(injected, Sum(learner.shared, two.shared_scale))
         assert torch.allclose(started[nested], alone, rtol=1e-5, atol=1e-5) == nested
 
 

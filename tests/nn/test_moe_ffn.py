@@ -336,10 +336,11 @@ def test_dropout_term_by_term(family, form):
     keep = F.dropout(torch.ones(*x.shape[:2], WIDE, dtype=x.dtype), 0.5)
     gate, up = ffn.ffn.project(x)
     outputs = []
-    for experts in ([parts.shared], [parts.shared, parts.task] if parts.nested else [parts.task]):
+    shared, task = (parts.shared, parts.scale / 2 if parts.nested else parts.scale), (parts.task, parts.scale)
+    for experts in ([shared], [shared, task] if parts.nested else [task]):
 
         def added(seen, name, experts=experts):
-            return sum(delta(seen, expert, LAYER, name, parts.scale) for expert in experts)
+            return sum(delta(seen, expert, LAYER, name, scale) for expert, scale in experts)
 
         h = ffn.ffn.hidden(None if gate is None else gate + added(seen, "gate_proj"), up + added(seen, "up_proj"))
         outputs.append(ffn.ffn.down(h) + added(h * keep, "down_proj"))

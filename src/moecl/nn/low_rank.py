@@ -56,6 +56,11 @@ def stack_rows(pairs: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> tuple[Te
     return torch.stack([lora_A for lora_A, _ in filled])[rows], torch.stack([lora_B for _, lora_B in filled])[rows]
 
 
+def scaled(pair: tuple[Tensor, Tensor], c: float) -> tuple[Tensor, Tensor]:
+    """The pair that adds c times as much."""
+    return pair[0] * c, pair[1]
+
+
 def fill(pair: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
     """A pair of at least `rank`: rows and columns of zeros add nothing."""
     lora_A, lora_B = pair

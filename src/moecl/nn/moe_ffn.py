@@ -1,14 +1,15 @@
 """The mixture of a shared and a task expert in a frozen FFN: MoE-CL, https://arxiv.org/abs/2509.18133, eq. 3-8.
 
-With c = lora_alpha / rank, experts s (shared) and t (task), and the gate b = softmax(G x):
+With c_s = c_t = lora_alpha / rank, experts s (shared) and t (task), and the gate b = softmax(G x):
 
-    h_e = act(W_g x + c B_g^e A_g^e x) * (W_u x + c B_u^e A_u^e x)
-    y   = W_d (b_s h_s + b_t h_t) + c B_d^s A_d^s (b_s h_s) + c B_d^t A_d^t (b_t h_t)
+    h_e = act(W_g x + c_e B_g^e A_g^e x) * (W_u x + c_e B_u^e A_u^e x)
+    y   = W_d (b_s h_s + b_t h_t) + c_s B_d^s A_d^s (b_s h_s) + c_t B_d^t A_d^t (b_t h_t)
 
 The weights are scalars per token and sum to 1, so the base's three GEMMs run once for both experts, exactly. A nested
-task's expert adds to what the shared one adds: B_g^t A_g^t is B_g^s A_g^s + B_g^t A_g^t, and so for up and down.
+task's expert adds to what the shared one adds: c_t B_g^t A_g^t becomes c_s B_g^s A_g^s + c_t B_g^t A_g^t, so for up and
+down; and c_s = c_t / 2, as the gate lets the shared expert through whole and a new task's by half.
 The discriminator reads p = mean(y_s) over real tokens; means commute with linear maps, so only the mean of h_s is
-projected down: p = W_d m + bias + c B_d^s A_d^s m, m = mean(h_s).
+projected down: p = W_d m + bias + c_s B_d^s A_d^s m, m = mean(h_s).
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -23,12 +24,12 @@ from moecl.nn.call import Call, Parts, current_call, token_shares
 from moecl.nn.ffn import FFN
 from moecl.nn.fused import Packed, few_dtype, is_few, mixture, plus, run_few
 from moecl.nn.lora import Expert, Gate
-from moecl.nn.low_rank import add_lora, cast_pair, fill, moved, stacked, with_lora
+from moecl.nn.low_rank import add_lora, cast_pair, fill, moved, scaled, stacked, with_lora
 
 
 @dataclass(frozen=True)
 class Gated(Parts):
-    """Form `gated`: a task's shared and own expert under a gate. `scale` is c = lora_alpha / rank."""
+    """Form `gated`: a task's shared and own expert under a gate. `scale` is c_t = lora_alpha / rank."""
 
     form: ClassVar[str] = "gated"
     nested: ClassVar[bool] = False  # whether the task's expert adds to what the shared one adds
@@ -51,6 +52,11 @@ class Gated(Parts):
     @classmethod
     def build(cls, modules: dict[str, Any], settings: Mapping[str, Any]) -> "Gated":
         return cls(scale=float(settings["scale"]), **modules)
+
+    @property
+    def shared_scale(self) -> float:
+        """c_s"""
+        return self.scale / 2 if self.nested else self.scale
 
     @staticmethod
     def run(ffn: FFN, layer: int, x: Tensor, call: Call) -> Tensor:
@@ -86,12 +92,13 @@ class Nested(Gated):
 class LayerParts:
     """One layer's tensors for the rows of a call, with a leading [B] where rows differ.
 
-    Pairs are (lora_A [.., r, in], lora_B [.., out, r]); gate [.., 2, D]; scale a number or [B, 1, 1].
+    Pairs are (lora_A [.., r, in], lora_B [.., out, r]); gate [.., 2, D]; scales are numbers or [B, 1, 1].
     """
 
     shared: dict[str, tuple[Tensor, Tensor]]
     task: dict[str, tuple[Tensor, Tensor]]
     gate: Tensor
+    shared_scale: float | Tensor
     scale: float | Tensor
     nested: bool
 
@@ -154,7 +161,7 @@ def mix_plainly(ffn: FFN, layer: int, x: Tensor, call: Call) -> Tensor:
     parts = layer_parts(call, layer, ffn.projections, x)
     gate, up = ffn.project(x)  # (B, T, F)
     seen = F.dropout(x, call.dropout) if call.dropout else x
-    shared = moved(gate, up, seen, parts.shared, parts.scale)
+    shared = moved(gate, up, seen, parts.shared, parts.shared_scale)
     h_s = ffn.hidden(*shared)  # (B, T, F)
     h_t = with_lora(ffn, *(shared if parts.nested else (gate, up)), seen, parts.task, parts.scale)  # (B, T, F)
     precise = torch.promote_types(x.dtype, torch.float32)
@@ -164,15 +171,15 @@ def mix_plainly(ffn: FFN, layer: int, x: Tensor, call: Call) -> Tensor:
     seen_s, seen_t = (h_s, h_t) if keep is None else (h_s * keep, h_t * keep)
     y = ffn.down(torch.lerp(h_s, h_t, b_t))  # (B, T, D)
     if parts.nested:
-        y = add_lora(y, torch.lerp(seen_s, seen_t, b_t), parts.shared["down_proj"], parts.scale)
+        y = add_lora(y, torch.lerp(seen_s, seen_t, b_t), parts.shared["down_proj"], parts.shared_scale)
     else:
-        y = add_lora(y, seen_s, parts.shared["down_proj"], b_s * parts.scale)
+        y = add_lora(y, seen_s, parts.shared["down_proj"], b_s * parts.shared_scale)
     y = add_lora(y, seen_t, parts.task["down_proj"], b_t * parts.scale)
     if call.features is not None:
         shares = token_shares(call, x)
         m = shares @ h_s  # (B, 1, F)
         m_seen = m if seen_s is h_s else shares @ seen_s
-        call.features[layer] = add_lora(ffn.down(m), m_seen, parts.shared["down_proj"], parts.scale)[:, 0]
+        call.features[layer] = add_lora(ffn.down(m), m_seen, parts.shared["down_proj"], parts.shared_scale)[:, 0]
     if call.gate_use is not None:
         call.gate_use[layer] = b_t.detach()[..., 0]
     return y
@@ -185,14 +192,15 @@ def pack_bytes(base: torch.dtype, device: torch.device) -> int:
 
 def pack(parts: Gated, layer: int, projections: Sequence[str], dtype: torch.dtype, rank: int) -> Packed:
     """The matrices of a layer as the fast path reads them; lower ranks are filled up with zeros, which add nothing."""
-    experts = parts.shared, parts.task
-    pairs = [fill(cast_pair(expert, layer, name, dtype), rank) for name in projections for expert in experts]
+    experts = (parts.shared, parts.shared_scale), (parts.task, parts.scale)
+    pairs = [
+        scaled(fill(cast_pair(expert, layer, name, dtype), rank), c) for name in projections for expert, c in experts
+    ]
     into, down = pairs[:-2], pairs[-2:]  # down_proj is the last
-    c = parts.scale
     return Packed(
-        torch.cat([torch.cat([lora_A for lora_A, _ in into]) * c, parts.gate.weight(layer).to(dtype)]),
+        torch.cat([*(lora_A for lora_A, _ in into), parts.gate.weight(layer).to(dtype)]),
         torch.stack([lora_B.mT for _, lora_B in into]),
-        torch.stack([lora_A for lora_A, _ in down]) * c,
+        torch.stack([lora_A for lora_A, _ in down]),
         torch.cat([lora_B for _, lora_B in down], dim=1).mT.contiguous(),
         parts.nested,
     )
@@ -228,6 +236,7 @@ def layer_parts(call: Call, layer: int, projections: Sequence[str], x: Tensor) -
             {name: cast_pair(parts.shared, layer, name, x.dtype) for name in projections},
             {name: cast_pair(parts.task, layer, name, x.dtype) for name in projections},
             parts.gate.weight(layer).to(x.dtype),
+            parts.shared_scale,
             parts.scale,
             parts.nested,
         )
@@ -236,6 +245,7 @@ def layer_parts(call: Call, layer: int, projections: Sequence[str], x: Tensor) -
         {name: stacked([parts.shared for parts in own], layer, name, rows, x) for name in projections},
         {name: stacked([parts.task for parts in own], layer, name, rows, x) for name in projections},
         torch.stack([parts.gate.weight(layer) for parts in own]).to(x.dtype)[rows],
+        torch.tensor([parts.shared_scale for parts in own], device=x.device, dtype=x.dtype)[rows, None, None],
         torch.tensor([parts.scale for parts in own], device=x.device, dtype=x.dtype)[rows, None, None],
         own[0].nested,
     )

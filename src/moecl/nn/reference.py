@@ -27,24 +27,25 @@ def delta(x: Tensor, expert: Expert, layer: int, projection: str, scale: float) 
     return scale * torch.einsum("or,ri,...i->...o", pair.lora_B.to(x.dtype), pair.lora_A.to(x.dtype), x)
 
 
-def expert_output(x: Tensor, ffn: FFN, experts: Sequence[Expert], layer: int, scale: float) -> Tensor:
-    """y_e [..., D] of x [..., D]: of one expert, or of one that adds to another."""
+def expert_output(x: Tensor, ffn: FFN, experts: Sequence[tuple[Expert, float]], layer: int) -> Tensor:
+    """y_e [..., D] of x [..., D]: of one expert with its scale, or of one that adds to another."""
     gate, up = ffn.project(x)
-    for expert in experts:
+    for expert, scale in experts:
         up = up + delta(x, expert, layer, "up_proj", scale)
         if gate is not None:
             gate = gate + delta(x, expert, layer, "gate_proj", scale)
     h = ffn.activation(up) if gate is None else ffn.activation(gate) * up
     y = ffn.down(h)
-    for expert in experts:
+    for expert, scale in experts:
         y = y + delta(h, expert, layer, "down_proj", scale)
     return y
 
 
 def reference(x: Tensor, attention_mask: Tensor, ffn: FFN, parts: Gated, layer: int) -> Mixed:
     """One FFN for rows x [B, T, D] that all have `parts`; attention_mask [B, T]."""
-    y_s = expert_output(x, ffn, [parts.shared], layer, parts.scale)
-    y_t = expert_output(x, ffn, [parts.shared, parts.task] if parts.nested else [parts.task], layer, parts.scale)
+    shared, task = (parts.shared, parts.scale / 2 if parts.nested else parts.scale), (parts.task, parts.scale)
+    y_s = expert_output(x, ffn, [shared], layer)
+    y_t = expert_output(x, ffn, [shared, task] if parts.nested else [task], layer)
     logits = torch.einsum("btd,kd->btk", x, parts.gate.weight(layer).to(x.dtype))
     b = torch.exp(logits) / torch.exp(logits).sum(dim=-1, keepdim=True)
     y = b[..., 0:1] * y_s + b[..., 1:2] * y_t
