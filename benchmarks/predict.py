@@ -50,10 +50,13 @@ def write_store(model: MoECL, folder: Path, tasks: int) -> Store:
     """A store of `tasks` tasks with two random experts each, as retention `exact` leaves them."""
     store = Store.create(folder, model.base_info())
     settings = {"scale": model.config.lora_alpha / model.config.rank, **model.config.model_dump(exclude={"name"})}
+
+    def record(n: int) -> TaskRecord:
+        return TaskRecord(task=labelled(name_of(n)), form=Nested.form, settings=settings)
+
     for begin in range(0, tasks, AT_ONCE):
         numbers = range(begin, min(begin + AT_ONCE, tasks))
-        records = (TaskRecord(task=labelled(name_of(n)), form="nested", settings=settings) for n in numbers)
-        store.commit([(record, drawn(model, n)) for record, n in zip(records, numbers, strict=True)])
+        store.commit([(record(n), drawn(model, n)) for n in numbers])
     return store
 
 

@@ -368,3 +368,9 @@ def test_an_example_is_valid(path: Path) -> None:
 
 def test_there_are_three_examples() -> None:
     assert [path.stem for path in EXAMPLES] == ["compliance3", "mtl5", "vader4"]
+
+
+def test_a_nested_expert_does_not_start_as_a_copy_of_the_shared_one() -> None:
+    overrides = ["method.warm_start=shared"]
+    assert refusal(write(STREAM), overrides).endswith("as a nested one adds to it; set nested: false too")
+    assert load_stream(write(STREAM), [*overrides, "method.nested=false"]).method.warm_start == "shared"

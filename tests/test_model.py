@@ -330,7 +330,7 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_to
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
 def test_generation_of_tasks_in_one_batch(family, beams):
-    model = learned(tiny_model(family), "ab")
+    model = learned(tiny_model(family), "ab", lora_alpha=32)
     batch = tiny_batch(4, side="left")
     names = ["a", None, "b", "a"]
     settings = {**GREEDY, "num_beams": beams}
@@ -340,8 +340,7 @@ def test_generation_of_tasks_in_one_batch(family, beams):
         alone = model.generate(ids, attention_mask=torch.ones_like(ids), task=name, **settings)
         assert alone[0, ids.shape[1] :].tolist() == together[row].tolist()
     others = model.generate(**batch, task=["b", "a", None, "b"], **settings)[:, 9:]
-    same = sum(torch.equal(one, other) for one, other in zip(together, others, strict=True))
-    assert same <= 2, "tasks differ, though Gemma 2 norms what its FFNs give"
+    assert sum(torch.equal(one, other) for one, other in zip(together, others, strict=True)) <= 1, "tasks differ"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])

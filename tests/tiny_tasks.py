@@ -24,7 +24,7 @@ def stir(model: MoECL, seed: int = 0) -> None:
 def learned(base=None, names: str = "ab", **settings) -> MoECL:
     """A model with finished tasks that differ much."""
     # a scale of 4, for which the tolerances were set: rounding grows with it
-    model = MoECL.attach(base or tiny_model(), MoECLConfig(rank=4, lora_alpha=16, **settings))
+    model = MoECL.attach(base or tiny_model(), MoECLConfig(**{"rank": 4, "lora_alpha": 16, **settings}))
     for seed, name in enumerate(names):
         model.add_task(task(name))
         stir(model, seed)

@@ -8,7 +8,7 @@ from torch import nn
 from moecl.nn.call import Call, current_call, run_with
 from moecl.nn.inject import Injected, decoder_layers
 from moecl.nn.moe_ffn import Gated, MoEFFN, Nested
-from moecl.nn.reference import delta, reference
+from moecl.nn.reference import delta, reference, terms
 from tiny import FAMILIES, HIDDEN, UNGATED, WIDE, parameters, random_parts, tiny_batch, tiny_model
 
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-9, "atol": 1e-9}}
@@ -336,8 +336,7 @@ def test_dropout_term_by_term(family, form):
     keep = F.dropout(torch.ones(*x.shape[:2], WIDE, dtype=x.dtype), 0.5)
     gate, up = ffn.ffn.project(x)
     outputs = []
-    shared, task = (parts.shared, parts.scale / 2 if parts.nested else parts.scale), (parts.task, parts.scale)
-    for experts in ([shared], [shared, task] if parts.nested else [task]):
+    for experts in terms(parts):
 
         def added(seen, name, experts=experts):
             return sum(delta(seen, expert, LAYER, name, scale) for expert, scale in experts)

@@ -14,7 +14,7 @@ Matrices lie as the products read them fastest: lora_A as [r, in], lora_B transp
 multiplied into lora_A.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ def run(ffn: FFN, x: Tensor, packed: Packed, real: Tensor | None) -> Pass:
     h, m = torch.empty_like(pre[-1]), x.new_empty(len(x) if real is not None else 0, 1, pre[-1].shape[-1])
     for rows in blocks(h):
         b_s, b_t = b[rows].chunk(2, dim=-1)
-        h_s, h_t = (ffn.hidden(z[0] if len(z) > 1 else None, z[-1]) for z in moved(pre, lows, packed, rows))
+        h_s, h_t = (ffn.hidden(z[0] if len(z) > 1 else None, z[-1]) for z in projections(pre, lows, packed, rows))
         mixed = torch.lerp(h_s, h_t, b_t, out=h[rows])
         A_s, A_t = (of(packed.A_down, expert, rows).mT for expert in (0, 1))
         half(low_d, 0)[rows] = mixed @ A_s if packed.nested else (h_s @ A_s).mul_(b_s)
@@ -96,18 +96,14 @@ def run(ffn: FFN, x: Tensor, packed: Packed, real: Tensor | None) -> Pass:
     return Pass(plus(ffn.down(h), low_d, packed.B_down), b, m, pre, low, low_d)
 
 
-def moved(
-    pre: Sequence[Tensor], lows: Sequence[Tensor], packed: Packed, rows: slice
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The projections [B, T, F] into the FFN of the shared and of the task's expert, for a block's rows."""
-
-    def add(expert: int, start: Iterable[Tensor]) -> list[Tensor]:
+def projections(pre: Sequence[Tensor], lows: Sequence[Tensor], packed: Packed, rows: slice) -> Iterator[list[Tensor]]:
+    """The projections [B, T, F] into the FFN of the shared, then of the task's expert, for a block's rows."""
+    base = start = [one[rows] for one in pre]
+    for expert in (0, 1):
         ways = zip(start, range(expert, len(lows), 2), strict=True)
-        return [plus(one, lows[at][rows], of(packed.B_in, at, rows)) for one, at in ways]
-
-    base = [one[rows] for one in pre]
-    shared = add(0, base)
-    return shared, add(1, shared if packed.nested else base)
+        z = [plus(one, lows[at][rows], of(packed.B_in, at, rows)) for one, at in ways]
+        start = z if packed.nested else base
+        yield z
 
 
 def is_few(x: Tensor) -> bool:
@@ -193,7 +189,7 @@ class _Mixture(torch.autograd.Function):
         for rows in blocks(dh):
             b_s, b_t = b[rows].chunk(2, dim=-1)
             low_s, low_t = dlow_d[rows].chunk(2, dim=-1)
-            (h_s, to_s), (h_t, to_t) = (activate(ctx.ffn, z) for z in moved(pre, lows, packed, rows))
+            (h_s, to_s), (h_t, to_t) = (activate(ctx.ffn, z) for z in projections(pre, lows, packed, rows))
             t_s = plus(dh[rows], low_s, A_d[0])
             t_t = plus(t_s if nested else dh[rows], low_t, A_d[1])
             add_outer(dA[0], low_s if nested else low_s * b_s, torch.lerp(h_s, h_t, b_t) if nested else h_s)

@@ -80,7 +80,7 @@ class GatedLearner(nn.Module):
 
     def preview(self, name: str, labels: int = 0) -> Parts:
         """The parts a task has before its first step."""
-        return self._form(self._fresh(name, labels))
+        return self._answering(self._fresh(name, labels))
 
     def like(self, old: Parts) -> Parts | None:
         """What a task starts as from the finished `old` one: exactly as that one answers, its copy of the shared expert
@@ -115,7 +115,7 @@ class GatedLearner(nn.Module):
         head = new_head(labels, self.geometry.hidden_size, seeded(self.seed, name, "head")) if labels else None
         return self.form(self.shared, task.to(device), gate.to(device), self.scale, head.to(device) if head else None)
 
-    def _form(self, parts: Gated) -> Parts:
+    def _answering(self, parts: Gated) -> Parts:
         """All of them, or for the ablations one expert alone."""
         if self.config.experts == "both":
             return parts
@@ -128,7 +128,7 @@ class GatedLearner(nn.Module):
         return self.form(self.shared, self.task, gate, self.scale, self.head)
 
     def parts(self) -> Parts:
-        return self._form(self._all())
+        return self._answering(self._all())
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """What the task under way trains: both experts' lora_A, all else on their side, and the discriminator."""
@@ -157,7 +157,7 @@ class GatedLearner(nn.Module):
         shared = frozen_copy(parts.shared) if exact else parts.shared
         gate = parts.gate if self.gate is not None and not exact else frozen_copy(parts.gate)
         head = None if parts.head is None else frozen_copy(parts.head)
-        finished = self._form(self.form(shared, frozen_copy(parts.task), gate, self.scale, head))
+        finished = self._answering(self.form(shared, frozen_copy(parts.task), gate, self.scale, head))
         if self.adversary is not None:
             self.adversary.remember()
         self.task = self.own_gate = self.head = None

@@ -24,7 +24,7 @@ from moecl.nn.call import Call, Parts, current_call, token_shares
 from moecl.nn.ffn import FFN
 from moecl.nn.fused import Packed, few_dtype, is_few, mixture, plus, run_few
 from moecl.nn.lora import Expert, Gate
-from moecl.nn.low_rank import add_lora, cast_pair, fill, moved, scaled, stacked, with_lora
+from moecl.nn.low_rank import add_lora, cast_pair, fill, moved, scaled, stacked
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,8 @@ def mix_plainly(ffn: FFN, layer: int, x: Tensor, call: Call) -> Tensor:
     gate, up = ffn.project(x)  # (B, T, F)
     seen = F.dropout(x, call.dropout) if call.dropout else x
     shared = moved(gate, up, seen, parts.shared, parts.shared_scale)
-    h_s = ffn.hidden(*shared)  # (B, T, F)
-    h_t = with_lora(ffn, *(shared if parts.nested else (gate, up)), seen, parts.task, parts.scale)  # (B, T, F)
+    task = moved(*(shared if parts.nested else (gate, up)), seen, parts.task, parts.scale)
+    h_s, h_t = ffn.hidden(*shared), ffn.hidden(*task)  # (B, T, F)
     precise = torch.promote_types(x.dtype, torch.float32)
     b = torch.softmax(x @ parts.gate.mT, dim=-1, dtype=precise).to(x.dtype)  # (B, T, 2)
     b_s, b_t = b[..., :1], b[..., 1:]
@@ -241,11 +241,15 @@ def layer_parts(call: Call, layer: int, projections: Sequence[str], x: Tensor) -
             parts.nested,
         )
     rows, own = call.spread(len(x)), experts(call)
+
+    def scales(of_each: list[float]) -> Tensor:
+        return torch.tensor(of_each, device=x.device, dtype=x.dtype)[rows, None, None]
+
     return LayerParts(
         {name: stacked([parts.shared for parts in own], layer, name, rows, x) for name in projections},
         {name: stacked([parts.task for parts in own], layer, name, rows, x) for name in projections},
         torch.stack([parts.gate.weight(layer) for parts in own]).to(x.dtype)[rows],
-        torch.tensor([parts.shared_scale for parts in own], device=x.device, dtype=x.dtype)[rows, None, None],
-        torch.tensor([parts.scale for parts in own], device=x.device, dtype=x.dtype)[rows, None, None],
+        scales([parts.shared_scale for parts in own]),
+        scales([parts.scale for parts in own]),
         own[0].nested,
     )

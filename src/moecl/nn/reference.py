@@ -41,11 +41,15 @@ def expert_output(x: Tensor, ffn: FFN, experts: Sequence[tuple[Expert, float]], 
     return y
 
 
+def terms(parts: Gated) -> tuple[list[tuple[Expert, float]], list[tuple[Expert, float]]]:
+    """The experts with their scales that y_s and y_t are of."""
+    shared, task = (parts.shared, parts.scale / 2 if parts.nested else parts.scale), (parts.task, parts.scale)
+    return [shared], [shared, task] if parts.nested else [task]
+
+
 def reference(x: Tensor, attention_mask: Tensor, ffn: FFN, parts: Gated, layer: int) -> Mixed:
     """One FFN for rows x [B, T, D] that all have `parts`; attention_mask [B, T]."""
-    shared, task = (parts.shared, parts.scale / 2 if parts.nested else parts.scale), (parts.task, parts.scale)
-    y_s = expert_output(x, ffn, [shared], layer)
-    y_t = expert_output(x, ffn, [shared, task] if parts.nested else [task], layer)
+    y_s, y_t = (expert_output(x, ffn, experts, layer) for experts in terms(parts))
     logits = torch.einsum("btd,kd->btk", x, parts.gate.weight(layer).to(x.dtype))
     b = torch.exp(logits) / torch.exp(logits).sum(dim=-1, keepdim=True)
     y = b[..., 0:1] * y_s + b[..., 1:2] * y_t
