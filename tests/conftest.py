@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -52,6 +53,27 @@ def tiny_folder(tmp_path_factory) -> Path:
     tiny_model("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory, tiny_folder) -> Path:
+    """A folder with stream.yaml, its data, new.yaml and `run`, learned. Copy it before changing anything."""
+    import yaml
+
+    from moecl.cli import main
+    from tiny_stream import task, write_stream
+
+    folder = tmp_path_factory.mktemp("learned")
+    stream = write_stream(folder, tiny_folder, rows=16, train={"epochs": 1})
+    (folder / "new.yaml").write_text(yaml.safe_dump(task(folder, "new", 9, rows=16)))
+    assert main(["train", str(stream), "-o", str(folder / "run")]) == 0
+    return folder
+
+
+@pytest.fixture
+def own(learned, tmp_path) -> Path:
+    """A copy of the learned run for a test that changes it."""
+    return Path(shutil.copytree(learned / "run", tmp_path / "run"))
 
 
 @pytest.fixture
