@@ -2,8 +2,8 @@
 
 The published way pads every row to the longest of the data set, and runs the experts one after the other: four base
 GEMMs an FFN, every intermediate twice, the discriminator on the mean of a whole y_s. Both sides learn the same tasks
-from the same rows with the same head (answers alone), loss, discriminator, clipping and AdamW. moecl's time has its
-checkpoints and its last check in it.
+from the same rows with the same head (answers alone), loss, discriminator, clipping and AdamW. moecl's experts
+are nested, the published way's apart. moecl's time has its checkpoints and its last check in it.
 
 --data is a folder with a folder for each task: train.jsonl, rows {"text", "label"}, and task.json, {"labels": [...]}.
 """

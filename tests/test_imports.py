@@ -1,4 +1,4 @@
-"""Imports point one way only (docs/design.md, section 3); read from the source, so that lazy imports count too."""
+"""Imports point one way only (docs/design.md, data flow); read from the source, so that lazy imports count too."""
 
 import ast
 import re

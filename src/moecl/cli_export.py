@@ -28,7 +28,10 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The folder to make.")],
     kind: Annotated[str, typer.Option("--as", metavar="KIND", help="peft-expert or static-lora.")],
     expert: Annotated[
-        str | None, typer.Option("--expert", metavar="NAME", help="For peft-expert: task (default) or shared.")
+        str | None,
+        typer.Option(
+            "--expert", metavar="NAME", help="For peft-expert: task (default; with the shared one if nested) or shared."
+        ),
     ] = None,
     max_disagreement: Annotated[
         float | None,
@@ -40,9 +43,9 @@ def export(
 ) -> int | None:
     """Write a task as a LoRA in PEFT's format.
 
-    peft-expert: one expert alone, exactly. static-lora: the whole task, its gate replaced by its mean over the
-    validation rows, an approximation that is measured first; exit 3 and nothing written where more answers than
-    --max-disagreement differ. A task of form sum is one LoRA already.
+    peft-expert: one expert, exactly; a nested task's with the shared one that it adds to. static-lora: the whole task,
+    its gate replaced by its mean over the validation rows, an approximation that is measured first; exit 3 and nothing
+    written where more answers than --max-disagreement differ. A task of form sum is one LoRA already.
     """
     if kind not in KINDS:
         raise ConfigError(f"--as: {kind!r} is none of {', '.join(KINDS)}{near(kind, KINDS)}")

@@ -1,4 +1,4 @@
-"""Typed settings <-> YAML <-> command line. Every key of a stream file is described here, once."""
+"""Typed settings <-> YAML <-> command line. Every key of a stream file is described once, here or in method_config."""
 
 import re
 from collections.abc import Iterable, Mapping

@@ -6,6 +6,8 @@ the gate's place, m = the mean of b over the task's validation tokens, a layer:
     y  = b_s y_s + b_t y_t,  (b_s, b_t) = softmax(G x), a token
     y' = the FFN with the one LoRA  c [m_s B_s, m_t B_t] [A_s; A_t]  at each projection
 
+Nested, the shared expert counts whole at half the scale: 1/2 stands in the place of m_s.
+
 Both agree in the first order of the LoRAs where b is the same for all tokens; the FFN is not linear. So the stand-in is
 measured against the task before anything is written.
 """

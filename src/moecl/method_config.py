@@ -47,7 +47,10 @@ class MoECLConfig(MethodConfig):
     name: Literal["moe-cl"] = Field(default="moe-cl", description="the method's name in the registry")
     rank: int = Field(default=8, ge=1, description="rank r of each LoRA pair")
     lora_alpha: float = Field(
-        default=32.0, gt=0, description="LoRA scale: lora_alpha / rank; twice the usual, as a new gate halves it"
+        default=32.0,
+        gt=0,
+        description="scale lora_alpha / rank of a task's expert: twice the usual, as a new gate halves it; "
+        "the shared one has half of it if nested",
     )
     lora_A_lr: float = Field(default=0.1, gt=0, description="factor on train.lr for lora_A of both experts")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout in front of lora_A; above 0 is slower")
@@ -57,7 +60,7 @@ class MoECLConfig(MethodConfig):
     )
     nested: bool = Field(
         default=True,
-        description="the task's expert adds to what the shared one adds; false: stands beside it, as in the paper",
+        description="a task's expert adds to the shared one, which has half the scale; false: stands beside it",
     )
     gate: Literal["task", "shared"] = Field(default="task", description="one gate a task, or one for all tasks")
     gate_std: float = Field(default=0.0, ge=0, description="standard deviation of a new gate's weights; 0: zeros")

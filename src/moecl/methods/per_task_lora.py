@@ -2,7 +2,7 @@
 
 `y = W x + c B_t A_t x`. Nothing is forgotten, and nothing is passed on. Trains: one LoRA (rank 16) and the head.
 Stores: these, frozen. Needs the task id to answer. Defaults: rank 16, scale 2, as many trained parameters as MoE-CL's
-two experts of rank 8 at the same scale.
+two experts of rank 8.
 """
 
 from typing import ClassVar

@@ -78,7 +78,7 @@ class Expert(nn.Module):
 
 
 class Gate(nn.Module):
-    """Per layer `G: [2, D]`, rows (shared, task); zeros weigh both experts by half."""
+    """Per layer `G: [2, D]`, rows (shared, task); zeros are b = (1/2, 1/2)."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()

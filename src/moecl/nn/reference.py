@@ -1,4 +1,4 @@
-"""The oracle: the mixture term by term as the paper writes it (arXiv 2509.18133, eq. 3-8), with nothing shared.
+"""The oracle: the mixture term by term as the paper writes it (arXiv 2509.18133, eq. 3-8) or nested, nothing shared.
 
 Each expert runs the whole FFN, six base GEMMs for three, and the discriminator's input is the mean of a full y_s.
 Slow on purpose; `moe_ffn` must equal it, forward and gradients.

@@ -13,6 +13,7 @@ from moecl.report.words import (
     between,
     count,
     flat,
+    hundredths,
     listed,
     number,
     p_value,
@@ -80,7 +81,7 @@ NO_ITEMS = "How sure that is cannot be said: not all results hold test items of 
 
 def _points(sure: Difference, turned: bool = False) -> str:
     low, high = (-sure.high, -sure.low) if turned else (sure.low, sure.high)
-    return f"{low * 100:.1f} to {high * 100:.1f} points"
+    return f"{hundredths(low)} to {hundredths(high)} points"
 
 
 def _side(ahead: float) -> str:

@@ -267,7 +267,8 @@ def _inside(result: Result) -> Iterator[Block]:
             plots.lines(
                 "gate", f"Line chart of gate weights by layer. Means: {told}", series, "layer", "weight", layers
             ),
-            "Weight of the task's own expert by layer, mean over test rows; the rest goes to the shared expert. "
+            "Weight of the task's own expert by layer, mean over test rows; the shared expert counts "
+            "whole beside it, or by the rest where nested is false. "
             f"Means over layers: {told}.",
         )
     wanted: Details = {"discriminator_accuracy": ("accuracy", score), "discriminator_loss": ("loss", score)}

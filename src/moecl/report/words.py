@@ -48,7 +48,17 @@ def points(value: float) -> str:
     >>> points(0.0284), points(-0.01)
     ('2.8 points', '1.0 point')
     """
-    return f"{abs(value) * 100:.1f} point{'' if f'{abs(value) * 100:.1f}' == '1.0' else 's'}"
+    written = hundredths(abs(value))
+    return f"{written} point{'' if written == '1.0' else 's'}"
+
+
+def hundredths(value: float) -> str:
+    """Of the three digits that tables have.
+
+    >>> hundredths(0.0125), f"{0.0125:.3f}"
+    ('1.3', '0.013')
+    """
+    return f"{round(value, 3) * 100:.1f}"
 
 
 def count(value: float | None) -> str:

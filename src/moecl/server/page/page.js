@@ -76,8 +76,8 @@ function classified(found) {
   if (found.tasks !== null) parts.push(make("h3", {}, "Which task it is"), bars(ranked(found.tasks), found.task));
   const layers = Object.entries(found.gates || {}).map(([layer, share]) => [`layer ${layer}`, share]);
   if (layers.length) {
-    parts.push(make("h3", {}, "The task expert's share by layer"), bars(layers),
-      make("p", { className: "note" }, "The rest is the shared expert's. Mean over the tokens of the text."));
+    parts.push(make("h3", {}, "Weight of the task's own expert by layer"), bars(layers),
+      make("p", { className: "note" }, "Mean over the tokens of the text. The shared expert counts whole beside it, or by the rest where nested is false."));
   }
   return parts;
 }
