@@ -10,8 +10,8 @@ so backward has three base GEMMs, as forward has. Where the task's expert is nes
 both: g_t and u_t begin as g_s and u_s, t_t as t_s, the shared pair down reads the mixed h, and dg_t and du_t reach the
 shared pairs too; no product more.
 
-Matrices lie as the products read them fastest: lora_A as [r, in], lora_B transposed as [r, out]; c = lora_alpha / r is
-multiplied into lora_A.
+Matrices lie as the products read them fastest: lora_A as [r, in], lora_B transposed as [r, out]; the scale c_e of each
+expert is multiplied into lora_A.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,9 +35,9 @@ class Packed:
     The P projections into the FFN are (gate, up) or (up,). Each comes twice, for the shared and the task expert.
     """
 
-    A_in: Tensor  # [.., 2 P r + 2, D]: c lora_A of projection by projection, then the gate's rows
+    A_in: Tensor  # [.., 2 P r + 2, D]: c_e lora_A of projection by projection, then the gate's rows
     B_in: Tensor  # [.., 2 P, r, F]: lora_B' in the same order
-    A_down: Tensor  # [.., 2, r, F]: c lora_A
+    A_down: Tensor  # [.., 2, r, F]: c_e lora_A
     B_down: Tensor  # [.., 2 r, D]: lora_B'
     nested: bool = False
 
@@ -192,9 +192,12 @@ class _Mixture(torch.autograd.Function):
             (h_s, to_s), (h_t, to_t) = (activate(ctx.ffn, z) for z in projections(pre, lows, packed, rows))
             t_s = plus(dh[rows], low_s, A_d[0])
             t_t = plus(t_s if nested else dh[rows], low_t, A_d[1])
-            add_outer(dA[0], low_s if nested else low_s * b_s, torch.lerp(h_s, h_t, b_t) if nested else h_s)
-            add_outer(dA[1], low_t * b_t, h_t)
-            db[rows] = h_t.mul_(t_t).sub_(h_s.mul_(t_s)).sum(dim=-1)
+            add_outer(dA[0], low_s * b_s, h_s)
+            if nested:  # the shared pair down reads the mixed h, which is never formed: two thin products cost less
+                add_outer(dA.flatten(0, 1), dlow_d[rows] * b_t, h_t)
+            else:
+                add_outer(dA[1], low_t * b_t, h_t)
+            db[rows] = h_t.mul_(t_t).addcmul_(h_s, t_s, value=-1).sum(dim=-1)
             dh_s = t_s.mul_(b_s)
             if ctx.real is not None:
                 dh_s.baddbmm_(ctx.real[rows].mT, dm[rows])
