@@ -111,8 +111,8 @@ def test_quiet_leaves_the_settings_as_they_were():
 
 def test_devices(monkeypatch):
     assert resolve_device("cpu") == "cpu"
-    for device in ("cuda:99", "nonsense"):
-        with pytest.raises(ConfigError, match=f"train.device: '{device}' cannot be used here") as caught:
+    for device, why in (("cuda:99", "cannot be used here"), ("nonsense", "is none of auto, cpu, cuda")):
+        with pytest.raises(ConfigError, match=f"device: '{device}' {why}") as caught:
             resolve_device(device)
         assert "\n" not in str(caught.value)
     for cuda, mps, expected in [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]:

@@ -191,6 +191,13 @@ def test_a_stopped_bench_goes_on(tmp_path, tiny_folder):
     assert run_here(config, tmp_path / "out")[1].did == ["no-discriminator.stream.s0"]
 
 
+def test_a_bench_and_a_run_do_not_share_a_folder(done):
+    file, out = done
+    cell = next((out / "cells").iterdir())
+    with pytest.raises(RunError, match="a run folder; give the bench another with -o"):
+        Bench(load_bench(file), cell)
+
+
 def test_two_benches_do_not_share_a_folder(done):
     file, out = done
 

@@ -68,6 +68,9 @@ def test_help_of_train_lists_every_key(moecl):
         ("check s.yaml", "s.yaml: no such file; check the path"),
         ("learn run", "Missing option '--task'; see `moecl learn --help`"),
         ("learn run --task t.yaml", "run: not a run folder (no config.yaml); make one with `moecl train"),
+        ("check rows.jsonl", "rows.jsonl: a file of rows; give the YAML file that names it"),
+        ("report file", "file: a file; give the folder that `moecl train` or `moecl bench` wrote"),
+        ("tasks bench", "bench: a bench; give one of its cells, a folder in bench/cells"),
         ("tasks run", "run: no such folder; give one that `moecl train STREAM -o RUN` has made"),
         ("eval run", "run: no such folder; give one that"),
         ("eval . --task x", ".: not a run folder; give one that"),
@@ -85,6 +88,9 @@ def test_help_of_train_lists_every_key(moecl):
 )
 def test_misuse(words, said, refuses, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "bench.json").touch()
     assert refuses(*words.split()).startswith(said)
 
 
@@ -96,7 +102,7 @@ def test_settings_on_the_command_line(learned, refuses, moecl):
     plan = moecl("train", stream, "--dry-run", "--set", "train.lr=0.5", "--device", "cuda:1").out
     settings = yaml.safe_load(plan)["train"]
     assert (settings["lr"], settings["device"]) == (0.5, "cuda:1")
-    assert "train.device: 'gpu' cannot be used here" in refuses("check", stream, "--device", "gpu")
+    assert "device: 'gpu' is none of auto, cpu, cuda" in refuses("check", stream, "--device", "gpu")
 
 
 def test_a_dry_run_looks_at_the_folder(learned, refuses, moecl):

@@ -142,7 +142,7 @@ def test_a_full_disk_loses_nothing(learned, own, refuses, moecl, monkeypatch):
 def test_a_folder_that_cannot_be_used(learned, refuses, tmp_path, monkeypatch):
     stream = learned / "stream.yaml"
     (tmp_path / "file").write_text("")
-    assert str(tmp_path / "file") in refuses("train", stream, "-o", tmp_path / "file")
+    assert refuses("train", stream, "-o", tmp_path / "file") == f"{tmp_path / 'file'}: a file; give a folder with -o"
     assert "not empty and not a run (file)" in refuses("train", stream, "-o", tmp_path)
 
     def forbidden(*_: object, **__: object) -> None:

@@ -217,6 +217,20 @@ def test_eval_and_tasks(learned, moecl, refuses):
     assert told[0]["parts"]["task"][:12] in moecl("tasks", run).out
 
 
+def test_eval_tells_of_rows_that_are_other_ones_or_none(own, learned, moecl, refuses, tmp_path):
+    config = (own / "config.yaml").read_text()
+    rows = learned / "task0.test.jsonl"
+    (tmp_path / "fewer.jsonl").write_text("".join(rows.read_text().splitlines(keepends=True)[:5]))
+    less = config.replace(f"  test: {learned / 'task1.test.jsonl'}\n", "")
+    assert less != config
+    (own / "config.yaml").write_text(less.replace(str(rows), str(tmp_path / "fewer.jsonl")))
+    done = moecl("eval", own, "--json")
+    assert [(row["task"], row["rows"]) for row in json.loads(done.out)] == [("task0", 5)]
+    assert "task0: its test rows are other ones than the run's" in done.err
+    assert "task1: no test rows in " in done.err
+    assert "task 'task1' has no test rows in " in refuses("eval", own, "--task", "task1")
+
+
 def test_a_run_answers_when_its_data_is_gone(learned, own, moecl, refuses):
     config = (own / "config.yaml").read_text()
     (own / "config.yaml").write_text(config.replace(str(learned), "/nowhere"))

@@ -312,7 +312,7 @@ def test_the_preset_hides_no_error(line: str, message: str) -> None:
             "tasks:\n- name: a\n  kind: zebra\n  train: a.csv",
             "new.yaml:3: kind: 'zebra' is unknown; give classification",
         ),
-        ("tasks: []\n", "new.yaml:1: tasks: must be a list of exactly one task; correct it"),
+        ("tasks: []\n", "new.yaml:1: tasks: must be a list of exactly one task; give a file with that task alone"),
         ("base: x\ntasks:\n- name: a\n", "new.yaml:1: base: does not belong in a task's file; remove it"),
         ("tasks: [a]\n", "new.yaml:1: holds text; write keys"),
         ("", "new.yaml: holds nothing; write its keys"),

@@ -134,6 +134,8 @@ def test_a_task_is_learned_again(original, run, tmp_path):
     row0, _, row2 = before.R
     assert [row[0] for row in result.R] == [row0[1], row2[1], row2[1]], "task1 as it was, but for the row of old task0"
     assert all(row[1] is not None for row in result.R)
+    assert result.metrics["fwt"] is None, "task1 is the first now, and task0 was not unseen"
+    assert result.metrics["average_accuracy"] is not None
     store = Store.open(run / "store")
     assert [(one.version, one.superseded) for one in store.versions("task0")] == [(1, True), (2, False)]
     assert store.record("task0", 1).parts == before.digests["task0"]

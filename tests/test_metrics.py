@@ -101,6 +101,27 @@ def test_a_missing_cell_makes_a_number_none_only_if_it_is_needed(number: Callabl
             assert number(scores) == (None if mark == "x" else number(R))
 
 
+def test_a_task_without_test_rows_is_in_no_number() -> None:
+    """R of three tasks whose second is never tested says what R of the other two does, but for the rows in between."""
+    none = None
+    R = [[0.25, none, 0.5], [0.75, none, 0.5], [0.5, none, 0.625], [0.5, none, 1.0]]
+    assert metrics.summary(R) == {
+        "average_accuracy": 0.75,
+        "bwt": -0.25,
+        "fwt": 0.125,
+        "forgetting": 0.25,
+        "learning_accuracy": 0.875,
+    }
+    assert set(metrics.summary([[none], [none]]).values()) == {None}
+
+
+def test_a_task_learned_before_is_not_unseen() -> None:
+    R = [[0.25, 0.5, 0.5], [0.75, 0.625, 0.5], [0.5, 0.75, 1.0], [0.5, 0.75, 1.0]]
+    assert metrics.fwt(R) == (0.125 + 0.5) / 2
+    assert metrics.fwt(R, again=[2]) == 0.125
+    assert metrics.summary(R, again=[1, 2])["fwt"] is None
+
+
 def test_none_is_not_measured() -> None:
     assert metrics.fwt([[None, None], [0.5, None], [0.5, 0.5]]) is None
     assert metrics.bwt([[None, None], [0.5, None], [0.25, 0.5]]) == -0.25

@@ -158,7 +158,7 @@ def test_a_bench_says_who_is_ahead_and_how_sure_that_is(bench, bench_report):
     assert (
         f"moe-cl is better than its best rival: {mean:.3f} average accuracy; per-task-lora, the closest rival, is "
         f"{points[0]} points behind (95% interval {points[1]} to {points[2]} points, p = 0.001). "
-        "It leads in each of 3 orders, outside the interval in 3." in found.said
+        "It leads in each of 3 orders, with an interval above 0 in 3." in found.said
     )
     assert "joint (the bound, no rival: sees all tasks' data at once)" in found.said
     assert "replay (not rehearsal-free: keeps rows of old tasks)" in found.said
@@ -280,7 +280,7 @@ def test_orders_of_different_tasks_have_no_common_interval(tmp_path):
         made.save(folder / "cells" / f"{label}.order2.s0" / "result.json")
     found = page(make([folder]))
     assert "How sure that is cannot be said" in found.said
-    assert "It leads in each of 2 orders, outside the interval in 2." in found.said
+    assert "It leads in each of 2 orders, with an interval above 0 in 2." in found.said
 
 
 def test_benches_of_the_same_base_and_tasks_are_one(tmp_path, bench_report):

@@ -171,7 +171,7 @@ def test_a_damaged_run(tmp_path, tiny_folder, monkeypatch, damage):
     [
         ({"train": {"max_length": 300}}, ConfigError, r"max_length: 300 is more than the base's 256 positions"),
         ({"train": {"report_to": ["tensorbord"]}}, ConfigError, r"train.report_to: tensorbord is not supported"),
-        ({"train": {"device": "cuda:9"}}, ConfigError, "train.device: 'cuda:9' cannot be used here"),
+        ({"train": {"device": "cuda:9"}}, ConfigError, "device: 'cuda:9' cannot be used here"),
         ({"method": {"name": "moe-cl", "adapt_layers": 3}}, BaseError, "more than the base's 2 layers"),
     ],
 )

@@ -87,7 +87,10 @@ def resolve_device(device: str) -> str:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
-            raise ConfigError(f"train.device: {device!r} cannot be used here ({reason}); use auto or cpu") from error
+            if "device type" in reason:  # torch lists all that it has ever known
+                kinds = ("cpu", "cuda", "mps", "xpu")
+                raise ConfigError(f"device: {device!r} is none of auto, {', '.join(kinds)}, cuda:1 ...") from error
+            raise ConfigError(f"device: {device!r} cannot be used here ({reason}); use auto or cpu") from error
         return device
     if torch.cuda.is_available():
         return "cuda"

@@ -82,6 +82,8 @@ class Bench:
     slots: int = 1
 
     def __post_init__(self) -> None:
+        if RunFolder(self.out).exists():
+            raise RunError(f"{self.out}: a run folder; give the bench another with -o")
         self.selection.check(self.config)
         self.record = read_record(self.out)
         self.threads = self.record.get("threads", self.threads)

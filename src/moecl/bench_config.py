@@ -176,6 +176,12 @@ class BenchConfig(_Keys):
             key: value for key, value in changes.items() if not key.startswith("method.") or key.split(".")[1] in fields
         }
 
+    def unused_settings(self) -> str:
+        """What the stream's own `method` sets, in words: it is for no method of a bench."""
+        method = load_stream(self.stream).method
+        own, plain = method.model_dump(), type(method)().model_dump()
+        return ", ".join(f"{key}: {value}" for key, value in own.items() if value != plain[key])
+
     def stream_of(self, label: str, *changes: Mapping[str, Any]) -> StreamConfig:
         """The stream as a method learns it; the later changes win.
 

@@ -225,14 +225,15 @@ app.command(cls=cli_bench.BenchCommand, epilog=cli_bench.EPILOG)(cli_bench.bench
 
 @app.command(
     cls=Command,
-    epilog="moecl predict runs/mine comments.txt --task reviews\necho 'I like it.' | moecl predict runs/mine\n"
+    epilog="moecl predict runs/mine comments.txt --task reviews\n"
+    "echo 'I like it.' | moecl predict runs/mine --task reviews\n"
     "moecl predict runs/mine new.jsonl --task reviews --thresholds runs/mine/review/thresholds.json\n"
     "moecl predict runs/mine new.jsonl --task auto",
 )
 def predict(
     run: RunOrStore,
     file: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="JSONL rows or plain lines; default standard input.")
+        Path | None, typer.Argument(metavar="FILE", help="JSONL rows or plain lines; default, or -, standard input.")
     ] = None,
     task: Annotated[
         str | None,
@@ -251,6 +252,7 @@ def predict(
     as they were when it was learned. `--task auto`: each text finds its task (null, as `label`, where it is less
     `familiar` than `moecl router RUN` says), and `route` has each task's share if it is for one of them.
     """
+    file = None if file == Path("-") else file
     if file is None and sys.stdin.isatty():
         err.print("rows from the terminal, one a line; Ctrl-D ends", style="dim")
     with quietly():

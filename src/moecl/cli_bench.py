@@ -116,6 +116,9 @@ def run(file: Path, folder: Path, selection: Any, jobs: int | None, ray: str | N
     from moecl.show_bench import bench_watcher
 
     config = load_bench(file)
+    if unused := config.unused_settings():
+        said = f"{Path(config.stream).name}: method: {unused} is not used in a bench; put method.* under `set`"
+        err.print(said, soft_wrap=True, markup=False, highlight=False)
     with err.status("starting"):
         pool = pool_for(jobs, ray)
     found = Bench(config, folder, selection, threads(pool.cores, pool.slots), pool.slots)

@@ -92,8 +92,11 @@ def gathered(
     if run is not None:
         if validation or test:
             raise ConfigError(f"--{'validation' if validation else 'test'}: is for rows without a run; leave {run} out")
-        moved = without_rows(run) | not_as_tested(run)
-        anew = [name for name in rescorable(run, moved) if not tasks or name in tasks] if moved else []
+        unread, moved = without_rows(run), not_as_tested(run)
+        remedy = f"name its rows in {run / 'config.yaml'}, then --rescore"
+        able = rescorable(run, unread | moved) if unread or moved else []
+        moved |= {name: why if name in able else f"{why}; {remedy}" for name, why in unread.items()}
+        anew = [name for name in able if not tasks or name in tasks]
         if rescore_on is None:
             moved |= {name: f"{moved[name]}; --rescore answers its rows anew" for name in anew}
             anew = []

@@ -356,7 +356,10 @@ def load_task(path: str | Path) -> TaskConfig:
     if "tasks" in document.data:
         tasks = document.data["tasks"]
         if not isinstance(tasks, list) or len(tasks) != 1:
-            raise ConfigError(f"{document.where(('tasks',))}: tasks: must be a list of exactly one task; correct it")
+            raise ConfigError(
+                f"{document.where(('tasks',))}: tasks: must be a list of exactly one task; "
+                "give a file with that task alone"
+            )
         if extra := [key for key in document.data if key != "tasks"]:
             raise ConfigError(f"{document.where((extra[0],))}: {extra[0]}: does not belong in a task's file; remove it")
         document = document.part(("tasks", 0))

@@ -25,7 +25,7 @@ class MethodConfig(Settings):
     needs_task: ClassVar[bool] = False  # whether an answer depends on which task is asked
     unrecorded: ClassVar[Mapping[str, Any]] = {}  # settings of a run or store from before they were known
 
-    name: str = Field(description="the method's name in the registry")
+    name: str = Field(description="see `moecl methods`")
     adapt_layers: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
         default="all", description="which FFNs are adapted: all, or those of the last n layers"
     )
@@ -44,7 +44,7 @@ class MoECLConfig(MethodConfig):
     needs_task: ClassVar[bool] = True
     unrecorded: ClassVar[Mapping[str, Any]] = {"lora_A_lr": 1.0, "nested": False}
 
-    name: Literal["moe-cl"] = Field(default="moe-cl", description="the method's name in the registry")
+    name: Literal["moe-cl"] = Field(default="moe-cl", description="see `moecl methods`")
     rank: int = Field(default=8, ge=1, description="rank r of each LoRA pair")
     lora_alpha: float = Field(
         default=32.0,
@@ -117,7 +117,7 @@ class PerTaskLoRAConfig(LoRAConfig):
     stores: ClassVar[str] = "each task's LoRA"
     needs_task: ClassVar[bool] = True
 
-    name: Literal["per-task-lora"] = Field(default="per-task-lora", description="the method's name in the registry")
+    name: Literal["per-task-lora"] = Field(default="per-task-lora", description="see `moecl methods`")
 
 
 class SequentialLoRAConfig(LoRAConfig):
@@ -126,7 +126,7 @@ class SequentialLoRAConfig(LoRAConfig):
     trains: ClassVar[str] = "one LoRA"
     stores: ClassVar[str] = "one LoRA for all tasks"
 
-    name: Literal["sequential-lora"] = Field(default="sequential-lora", description="the method's name in the registry")
+    name: Literal["sequential-lora"] = Field(default="sequential-lora", description="see `moecl methods`")
 
 
 class SequentialFullConfig(MethodConfig):
@@ -135,7 +135,7 @@ class SequentialFullConfig(MethodConfig):
     trains: ClassVar[str] = "the adapted FFNs"
     stores: ClassVar[str] = "one set of their weights for all tasks"
 
-    name: Literal["sequential-full"] = Field(default="sequential-full", description="the method's name in the registry")
+    name: Literal["sequential-full"] = Field(default="sequential-full", description="see `moecl methods`")
 
 
 class JointConfig(LoRAConfig):
@@ -146,7 +146,7 @@ class JointConfig(LoRAConfig):
     trains: ClassVar[str] = "one LoRA, on all tasks at once"
     stores: ClassVar[str] = "one LoRA for all tasks"
 
-    name: Literal["joint"] = Field(default="joint", description="the method's name in the registry")
+    name: Literal["joint"] = Field(default="joint", description="see `moecl methods`")
 
 
 class ReplayConfig(LoRAConfig):
@@ -156,7 +156,7 @@ class ReplayConfig(LoRAConfig):
     trains: ClassVar[str] = "one LoRA"
     stores: ClassVar[str] = "one LoRA for all tasks, rows of each"
 
-    name: Literal["replay"] = Field(default="replay", description="the method's name in the registry")
+    name: Literal["replay"] = Field(default="replay", description="see `moecl methods`")
     share: float = Field(default=0.05, gt=0, le=1, description="share of each task's training rows that is kept")
 
 
@@ -166,7 +166,7 @@ class EWCConfig(LoRAConfig):
     trains: ClassVar[str] = "one LoRA"
     stores: ClassVar[str] = "one LoRA for all tasks"
 
-    name: Literal["ewc"] = Field(default="ewc", description="the method's name in the registry")
+    name: Literal["ewc"] = Field(default="ewc", description="see `moecl methods`")
     strength: float = Field(default=1000.0, ge=0, description="weight of the penalty, lambda")
     decay: float = Field(default=0.9, ge=0, le=1, description="what is left of the old Fisher information after a task")
     fisher_rows: int = Field(default=64, ge=1, description="training rows that a task's Fisher information is from")
@@ -178,7 +178,7 @@ class OLoRAConfig(LoRAConfig):
     trains: ClassVar[str] = "a LoRA a task"
     stores: ClassVar[str] = "the sum of all tasks' LoRAs"
 
-    name: Literal["o-lora"] = Field(default="o-lora", description="the method's name in the registry")
+    name: Literal["o-lora"] = Field(default="o-lora", description="see `moecl methods`")
     orthogonality: float = Field(default=0.5, ge=0, description="weight of the overlap with earlier tasks, lambda_1")
 
 
@@ -188,7 +188,7 @@ class NLoRAConfig(LoRAConfig):
     trains: ClassVar[str] = "a LoRA a task"
     stores: ClassVar[str] = "the sum of all tasks' LoRAs"
 
-    name: Literal["n-lora"] = Field(default="n-lora", description="the method's name in the registry")
+    name: Literal["n-lora"] = Field(default="n-lora", description="see `moecl methods`")
     sparsity: float = Field(default=0.4, ge=0, description="weight of the l1 norm of a task's LoRA, lambda")
 
 
@@ -199,7 +199,7 @@ class MoCLConfig(LoRAConfig):
     stores: ClassVar[str] = "each task's LoRA and key"
     needs_task: ClassVar[bool] = True
 
-    name: Literal["mocl"] = Field(default="mocl", description="the method's name in the registry")
+    name: Literal["mocl"] = Field(default="mocl", description="see `moecl methods`")
     sharpness: float = Field(default=8.0, ge=0, description="how much a likelier LoRA outweighs the others")
 
 
@@ -209,7 +209,7 @@ class OSFTConfig(MethodConfig):
     trains: ClassVar[str] = "low directions of the adapted FFNs"
     stores: ClassVar[str] = "one set of their weights for all tasks"
 
-    name: Literal["osft"] = Field(default="osft", description="the method's name in the registry")
+    name: Literal["osft"] = Field(default="osft", description="see `moecl methods`")
     preserved: float = Field(
         default=0.5,
         ge=0,

@@ -1,10 +1,11 @@
 """R -> numbers, and answers -> numbers. Pure NumPy.
 
 R has T + 1 rows and T columns: R[i, j] is the score on the j-th task after learning i tasks, so that row 0 is before
-any. nan (or None) stands for a cell that was not measured. A number that needs such a cell is None, never 0.
+any. nan (or None) stands for a cell that was not measured. A number that needs such a cell is None, never 0; a task
+that was never tested, a column without scores, is in no number.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,13 +33,19 @@ def _mean(values: Floats) -> float | None:
     return None if values.size == 0 or np.isnan(values).any() else float(values.mean())
 
 
+def _tested(scores: Floats) -> NDArray[np.bool_]:
+    """Of each task, whether it was tested at all: [T]."""
+    return np.logical_not(np.isnan(scores).all(axis=0))
+
+
 def average_accuracy(R: ArrayLike) -> float | None:
     """Mean score over all tasks after the last: mean_j R[T, j].
 
     >>> average_accuracy([[0.5, 0.5], [0.75, 0.5], [0.5, 1.0]])
     0.75
     """
-    return _mean(_scores(R)[-1])
+    scores = _scores(R)
+    return _mean(scores[-1, _tested(scores)])
 
 
 def bwt(R: ArrayLike) -> float | None:
@@ -48,17 +55,21 @@ def bwt(R: ArrayLike) -> float | None:
     -0.25
     """
     scores = _scores(R)
-    return _mean(scores[-1, :-1] - np.diag(scores[1:])[:-1])
+    return _mean((scores[-1, :-1] - np.diag(scores[1:])[:-1])[_tested(scores)[:-1]])
 
 
-def fwt(R: ArrayLike) -> float | None:
+def fwt(R: ArrayLike, again: Collection[int] = ()) -> float | None:
     """Forward transfer, what earlier tasks brought an unseen one: mean_{j>1} (R[j-1, j] - R[0, j]); None for one task.
+
+    `again` are places of tasks, from 0, that are not unseen when they are learned, as they were learned before.
 
     >>> fwt([[0.5, 0.25], [0.75, 0.5], [0.5, 1.0]])
     0.25
     """
     scores = _scores(R)
-    return _mean(np.diag(scores[:-1])[1:] - scores[0, 1:])
+    counts = _tested(scores)
+    counts[list(again)] = False
+    return _mean((np.diag(scores[:-1]) - scores[0])[1:][counts[1:]])
 
 
 def forgetting(R: ArrayLike) -> float | None:
@@ -70,7 +81,7 @@ def forgetting(R: ArrayLike) -> float | None:
     scores = _scores(R)
     tasks = scores.shape[1]
     best = np.array([scores[j + 1 : tasks, j].max() for j in range(tasks - 1)], dtype=np.float64)
-    return _mean(best - scores[-1, : tasks - 1]) if tasks > 1 else None
+    return _mean((best - scores[-1, : tasks - 1])[_tested(scores)[:-1]]) if tasks > 1 else None
 
 
 def learning_accuracy(R: ArrayLike) -> float | None:
@@ -79,17 +90,23 @@ def learning_accuracy(R: ArrayLike) -> float | None:
     >>> learning_accuracy([[0.5, 0.5], [0.75, 0.5], [0.5, 1.0]])
     0.875
     """
-    return _mean(np.diag(_scores(R)[1:]))
+    scores = _scores(R)
+    return _mean(np.diag(scores[1:])[_tested(scores)])
 
 
-def summary(R: ArrayLike) -> dict[str, float | None]:
-    """All five numbers, in the order of a result.
+def summary(R: ArrayLike, again: Collection[int] = ()) -> dict[str, float | None]:
+    """All five numbers, in the order of a result; `again` as for `fwt`.
 
     >>> summary([[0.5], [0.75]])
     {'average_accuracy': 0.75, 'bwt': None, 'fwt': None, 'forgetting': None, 'learning_accuracy': 0.75}
     """
-    scores = _scores(R)
-    return {number.__name__: number(scores) for number in (average_accuracy, bwt, fwt, forgetting, learning_accuracy)}
+    return {
+        "average_accuracy": average_accuracy(R),
+        "bwt": bwt(R),
+        "fwt": fwt(R, again),
+        "forgetting": forgetting(R),
+        "learning_accuracy": learning_accuracy(R),
+    }
 
 
 def _check_pairs(true: Sequence[Any], pred: Sequence[Any]) -> None:

@@ -94,7 +94,10 @@ class Result(BaseModel):
     @classmethod
     def _compute_metrics(cls, data: Any) -> Any:
         if isinstance(data, dict) and not data.get("metrics") and "R" in data:
-            return {**data, "metrics": metrics.summary(data["R"])}
+            names, old = data.get("tasks", []), data.get("superseded", {})
+            before = {reference.rpartition("@")[0] for reference in old} if isinstance(old, dict) else set()
+            again = [place for place, name in enumerate(names) if name in before]
+            return {**data, "metrics": metrics.summary(data["R"], again)}
         return data
 
     @model_validator(mode="after")

@@ -31,6 +31,8 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Be the one process that works in this folder, made where it is new; BusyError says who else does."""
         new = not self.path.exists()
+        if self.path.is_file():
+            raise RunError(f"{self.path}: a file; give a folder with -o")
         with one_line(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         try:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from moecl.routing import Routing
     from moecl.store import Store, TaskRecord
 
-TABLES = (".csv", ".tsv", ".json", ".parquet", ".gz")  # formats of rows that a stream may have
+TABLES = (".csv", ".tsv", ".json", ".parquet")  # formats of rows that a stream may have
 STEP = 64  # rows that are answered at once
 
 
@@ -216,10 +216,33 @@ def answer(
 def scores(
     run: Path, names: Sequence[str], split: str, device: str, expert_memory: str, watcher: "Watcher"
 ) -> list[dict[str, Any]]:
-    """The score of each named task (of all where none is named) on the split that the run's config.yaml names."""
-    asked = names or [record.name for record in open_store(run).tasks()]
-    found = answered(run, [(name, split) for name in asked], device, expert_memory, watcher)
+    """The score of each named task on the split that the run's config.yaml names, or of all that have one.
+
+    Raises RunError where there is no task, DataError where none has such rows.
+    """
+    asked = names or with_rows(run, split, watcher)
+    splits = splits_of(run, [(name, split) for name in asked])
+    result = RunFolder(run).last_result()
+    for (name, _), rows in splits.items():
+        before = result.data.get(name, {}).get(split) if result is not None else None
+        if before is not None and before.sha256 != rows.sha256:
+            watcher.note(f"{name}: its {split} rows are other ones than the run's")
+    found = answered_splits(run, splits, device, expert_memory, watcher)
     return [{"task": name, **vars(answers.score())} for (name, _), answers in found.items()]
+
+
+def with_rows(run: Path, split: str, watcher: "Watcher") -> list[str]:
+    """The tasks that config.yaml has such rows for; all where none has, so that one is complained of."""
+    names = [record.name for record in open_store(run).tasks()]
+    if not names:
+        raise RunError(f"{run}: no task is learned yet; go on with the command that started it")
+    known = {task.name for task in RunFolder(run).config().tasks if getattr(task, split)}
+    if not known.intersection(names):
+        return names
+    for name in names:
+        if name not in known:
+            watcher.note(f"{name}: no {split} rows in {run / 'config.yaml'}, so no score")
+    return [name for name in names if name in known]
 
 
 def rescorable(run: Path, moved: Iterable[str]) -> list[str]:
@@ -364,6 +387,8 @@ def open_store(run: Path, readonly: bool = True) -> "Store":
     from moecl.bank import store_in
     from moecl.store import Store
 
+    if (run / "bench.json").is_file():
+        raise RunError(f"{run}: a bench; give one of its cells, a folder in {run / 'cells'}")
     if not Store.exists(found := store_in(run)):
         raise RunError(f"{run}: not a run folder; give one that `moecl train STREAM -o RUN` has made")
     return Store.open(found, readonly=readonly)
@@ -421,6 +446,8 @@ def lines_of(file: Path | None) -> Iterator[Iterator[bytes]]:
     if file is None:
         yield iter(sys.stdin.buffer)
         return
+    if file.suffix == ".gz":
+        raise DataError(f"{file}: is packed; `gunzip -c {file} | moecl predict ...` answers its lines")
     if file.suffix in TABLES:
         raise DataError(f"{file}: a table, and lines are read; make it JSONL, a row a line, with the columns as keys")
     try:

@@ -158,7 +158,7 @@ def test_instruction_without_a_field_is_refused():
 
 def test_unknown_placeholder_names_the_fields_there_are():
     task = Task(name="t", kind="classification", instruction="{body}: {text}", labels=["a", "b"])
-    with pytest.raises(DataError, match="row: body: the row has no such field, only text, label; correct it"):
+    with pytest.raises(DataError, match="row: body: the row has no such field, only text, label; task"):
         example({"text": "x", "label": "a"}, task)
     leak = Task(name="t", kind="classification", instruction="{text} {label}", labels=["a", "b"])
     with pytest.raises(DataError, match=r"\{label\} would show the model the answer"):

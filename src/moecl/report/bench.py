@@ -73,7 +73,7 @@ def headline(found: Sequence[Standing]) -> str:
         if behind:
             return f"{first.label} is ahead of its best rival, but not with seed {listed(behind)}: {verdict}"
         return f"{first.label} is better than its best rival: {verdict}"
-    return f"{first.label} is not shown to be better: {verdict} The interval does not lie above 0."
+    return f"{first.label} is not shown to be better: {verdict}"
 
 
 NO_ITEMS = "How sure that is cannot be said: not all results hold test items of the same tasks."
@@ -99,7 +99,7 @@ def _orders(first: Standing, rival: Comparison) -> str:
     if len(known) < 2:
         return "Both ran one order only."
     counted = f"{'each' if len(ahead) == len(known) else len(ahead)} of {len(known)} orders"
-    outside = f", outside the interval in {len(clear)}" if any(one.sure for one in known.values()) else ""
+    outside = f", with an interval above 0 in {len(clear) or 'none'}" if any(one.sure for one in known.values()) else ""
     return f"It leads in {counted}{outside}."
 
 

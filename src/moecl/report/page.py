@@ -113,7 +113,7 @@ def _markdown(block: Block) -> list[str]:
         return [f"{'> ' if block.kind == 'warning' else ''}{around}{_escaped(block.text)}{around}"]
     if isinstance(block, Facts):
         return [
-            f"- {_escaped(name)}: {_escaped(' '.join(filter(None, (value, more))))}"
+            f"- {_escaped(name)}: {_escaped(value)}{f' ({_escaped(more)})' if more else ''}"
             for name, value, more in block.facts
         ]
     if isinstance(block, Figure):

@@ -12,6 +12,7 @@ import numpy as np
 
 from moecl import stats
 from moecl.method_config import METHODS, MoECLConfig
+from moecl.metrics import average_accuracy
 from moecl.report.read import Bench
 from moecl.results import Items, Result
 
@@ -76,7 +77,7 @@ class Comparison:
 
 
 def last_row(result: Result) -> float | None:
-    return mean(result.R[-1])
+    return average_accuracy(np.asarray(result.R, dtype=float))
 
 
 def mean(values: Sequence[float | None]) -> float | None:

@@ -88,6 +88,8 @@ def read(folder: Path) -> Run | Bench:
     Raises:
         RunError: neither, or a file in it is missing or damaged.
     """
+    if folder.is_file():
+        raise RunError(f"{folder}: a file; give the folder that `moecl train` or `moecl bench` wrote")
     if (folder / BENCH).is_file():
         return _read_bench(folder)
     run = RunFolder(folder)

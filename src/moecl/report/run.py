@@ -26,8 +26,8 @@ Details = Mapping[str, tuple[str, Callable[[Any], str]]]  # key of the details -
 
 MEANING = {
     "average_accuracy": "after the last task",
-    "bwt": "below 0: tasks were forgotten",
-    "fwt": "what earlier tasks brought",
+    "bwt": "change since learned; below 0 is forgetting",
+    "fwt": "what earlier tasks brought, before learning",
     "forgetting": "drop from the best score",
     "learning_accuracy": "right after learning",
 }
@@ -150,7 +150,7 @@ def by_task(run: Run) -> Table:
             [task, _metric(result, task), score(learned), score(last), sure, signed(change), lost]
             + [score(_macro_f1(result, task))]
         )
-    columns = ["task", "metric", "when learned", "at the end", "95% interval", "change", "answers since", "macro-F1"]
+    columns = ["task", "metric", "when learned", "at the end", "95% interval", "change", "answers changed", "macro-F1"]
     shown = [c for c in range(len(columns)) if c < 4 or any(row[c] != MISSING for row in rows)]
     return Table(
         "Score when learned and after the last task",
