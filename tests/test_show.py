@@ -43,6 +43,14 @@ def test_a_result_that_fits():
     assert told["run folder"] == "runs/x"
 
 
+def test_one_answer_to_all_rows_is_told():
+    found = {"metric": "accuracy", "labels": ["good", "bad"], "true": [0, 1, 1], "given": [1, 1, 1]}
+    items = {"news": found, "reviews": {**found, "given": [1, 1, 0]}}
+    lines = shown(show_result, result(["news", "reviews"], items=items), "runs/x")
+    [told] = [line for line in lines if "test rows" in line]
+    assert told == "news: 'bad' to all 3 test rows; try more epochs or another lr"
+
+
 @pytest.mark.parametrize("count", [5, 12, 15, 40])
 @pytest.mark.parametrize("length", [9, 64])
 def test_many_tasks_are_numbered(count, length):

@@ -31,6 +31,10 @@ def show_result(console: Console, result: Result, folder: str) -> None:
     for key, name in METRICS.items():
         value = result.metrics.get(key)
         say(console, f"{name:18} {'-' if value is None else f'{value:+.3f}' if key in SIGNED else f'{value:.3f}'}")
+    for task, items in result.items.items():
+        if len(set(items.given)) == 1 < len(set(items.true)):
+            answer = items.labels[items.given[0]]
+            say(console, f"{task}: {answer!r} to all {len(items.given)} test rows; try more epochs or another lr")
     again = f", started {result.resumed + 1} times" if result.resumed else ""
     say(console, f"{'time':18} {duration(result.seconds)}{again}")
     say(console, f"{'run folder':18} {folder}")
