@@ -27,10 +27,15 @@ def store(tmp_path_factory, tiny_folder):
 
 @contextmanager
 def stuck(server):
-    """The model's thread waits, as it would in a long forward, until told to go on."""
+    """The model's thread waits, as it would in a long forward, until told to go on; `on.reached` once it does."""
     on, engine = threading.Event(), server.service.worker.engine
-    real = engine.answer
-    engine.answer = lambda *given: on.wait(30) and real(*given)
+    on.reached, real = threading.Event(), engine.answer
+
+    def answer(*given):
+        on.reached.set()
+        return on.wait(30) and real(*given)
+
+    engine.answer = answer
     try:
         yield on
     finally:
@@ -57,7 +62,7 @@ def test_rows_of_many_requests_and_tasks_share_a_batch(store):
         server.service.worker.engine.answer = lambda requests: sizes.append(len(requests)) or real(requests)
         with stuck(server) as on, ThreadPoolExecutor(12) as pool:
             first = pool.submit(server.classify, "mood", "a great movie")
-            until(lambda: server.service.rows == 1 and not server.service.worker._reads)
+            until(on.reached.is_set)
             others = [pool.submit(server.classify, name, "a great movie") for name in list(expected) * 3]
             until(lambda: len(server.service.worker._reads) == 9)
             on.set()
@@ -205,7 +210,7 @@ def test_a_fault_of_one_text_is_not_the_others(store, monkeypatch):
         alone = server.post("/v1/completions", **wish).json()["choices"]
         with stuck(server) as on:
             busy = pool.submit(asked, server)
-            until(lambda: server.service.rows == 1 and not server.service.worker._reads)
+            until(on.reached.is_set)
             fine = pool.submit(server.post, "/v1/completions", **wish)
             until(lambda: server.service.worker._texts)
             cursed = pool.submit(server.post, "/v1/completions", **wish, temperature=1, seed=13)
