@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from moecl.nn.ffn import FFN
 
-BLOCK_BYTES = 5 << 18  # of one [tokens, F] intermediate on a CPU: in its caches, and reused by malloc
+BLOCK_BYTES = 5 << 19  # of one [tokens, F] intermediate on a CPU: in its caches, and reused by malloc
 FEW = 32  # tokens: a step of decoding
 
 
