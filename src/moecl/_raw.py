@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moecl import _yaml
-from moecl._yaml import Document, Keys, Mark, dotted, kind_of, show
+from moecl._yaml import DATA_EXTENSIONS, Document, Keys, Mark, dotted, kind_of, show
 from moecl.errors import ConfigError, near
-
-DATA_EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:\S+)?")
 

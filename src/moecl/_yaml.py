@@ -13,7 +13,7 @@ import yaml
 from moecl.errors import ConfigError
 
 Keys = tuple[str | int, ...]
-ROWS = (".jsonl", ".csv", ".tsv", ".parquet", ".gz")
+DATA_EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # of files of rows; JSON is YAML, too
 
 _EXPONENT = re.compile(r"[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+\Z")
 _BREAK = re.compile("[\n\r\x85\u2028\u2029]")
@@ -114,7 +114,7 @@ def read(path: str | Path) -> Document:
     Raises:
         ConfigError: it is missing, unreadable, a folder, empty, not UTF-8 or not YAML.
     """
-    if Path(path).suffix in ROWS:
+    if (name := str(path).lower().removesuffix(".gz")).endswith(DATA_EXTENSIONS) and not name.endswith(".json"):
         raise ConfigError(f"{path}: a file of rows; give the YAML file that names it")
     try:
         content = Path(path).read_bytes()

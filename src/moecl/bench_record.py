@@ -11,10 +11,9 @@ from moecl._atomic import atomic_write
 from moecl.config import StreamConfig, fill_unrecorded
 from moecl.errors import RunError
 from moecl.results import Result
-from moecl.run_folder import CONFIG, RESULT, RunFolder, differences
+from moecl.run_folder import BENCH, CONFIG, RESULT, RunFolder, differences
 
 SCHEMA = 1
-RECORD = "bench.json"
 Status = Literal["waiting", "running", "done", "failed"]
 
 
@@ -86,7 +85,7 @@ def read_record(out: Path) -> dict[str, Any]:
     Raises:
         RunError: it is damaged, or of another schema version.
     """
-    path = out / RECORD
+    path = out / BENCH
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -100,7 +99,7 @@ def read_record(out: Path) -> dict[str, Any]:
 
 def write_record(out: Path, record: Mapping[str, Any]) -> None:
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
-    atomic_write(out / RECORD, text.encode() + b"\n")
+    atomic_write(out / BENCH, text.encode() + b"\n")
 
 
 def changes_under(cell: Cell, record: Mapping[str, Any], stream: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
@@ -113,7 +112,7 @@ def changes_under(cell: Cell, record: Mapping[str, Any], stream: Mapping[str, An
         found = differences(filled(method["stream"]), dict(stream), f"methods.{cell.label}")
         return found + differences(order, list(tasks), f"orders.{cell.order}")
     if not RunFolder(cell.folder).exists():
-        return [f"{RECORD} does not tell with which settings {cell.id} was run"]
+        return [f"{BENCH} does not tell with which settings {cell.id} was run"]
     assert cell.stream is not None
     RunFolder(cell.folder).check_same(cell.stream)
     return []

@@ -92,11 +92,8 @@ def gathered(
     if run is not None:
         if validation or test:
             raise ConfigError(f"--{'validation' if validation else 'test'}: is for rows without a run; leave {run} out")
-        unread, moved = without_rows(run), not_as_tested(run)
-        remedy = f"name its rows in {run / 'config.yaml'}, then --rescore"
-        able = rescorable(run, unread | moved) if unread or moved else []
-        moved |= {name: why if name in able else f"{why}; {remedy}" for name, why in unread.items()}
-        anew = [name for name in able if not tasks or name in tasks]
+        moved = without_rows(run) | not_as_tested(run)
+        anew = [name for name in rescorable(run, moved) if not tasks or name in tasks] if moved else []
         if rescore_on is None:
             moved |= {name: f"{moved[name]}; --rescore answers its rows anew" for name in anew}
             anew = []
@@ -112,14 +109,18 @@ def gathered(
 
 
 def without_rows(run: Path) -> dict[str, str]:
-    """Tasks with rows that the run has not answered: config.yaml may name them since."""
+    """Tasks with rows that the run has not answered: config.yaml may name them since, or is to."""
     from moecl.review_rows import unanswered
     from moecl.run_folder import RunFolder
 
     folder = RunFolder(run)
     if not folder.exists() or (result := folder.last_result()) is None:
         return {}
-    return {name: reason for name in result.tasks if (reason := unanswered(run, name))}
+    found = {name: reason for name in result.tasks if (reason := unanswered(run, name))}
+    for task in folder.config().tasks if found else []:
+        if task.name in found and task.kind == "classification" and not (task.validation and task.test):
+            found[task.name] += f"; name its rows in {run / 'config.yaml'}, then --rescore"
+    return found
 
 
 def answered_anew(run: Path, names: list[str], device: str) -> "dict[str, Pair]":

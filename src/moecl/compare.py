@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from moecl.errors import RunError, UserError, near
 from moecl.results import Result
-from moecl.run_folder import CONFIG, RESULT, RunFolder
+from moecl.run_folder import CONFIG, RESULT, RunFolder, refuse_bench
 from moecl.stats import interval, paired_task
 
 Decides = Literal["point", "strict", "confident"]
@@ -82,9 +82,7 @@ def read_result(path: Path) -> Result:
     if path.is_dir():
         if (found := RunFolder(path).last_result()) is not None:
             return found
-        if (path / "cells").is_dir():
-            some = next(iter(sorted(entry.name for entry in (path / "cells").iterdir())), "CELL")
-            raise RunError(f"{path}: a bench; give one of its cells, such as {path / 'cells' / some}")
+        refuse_bench(path)
         if (path / CONFIG).is_file():
             raise RunError(f"{path}: has no result yet; go on with the command that started it")
         raise RunError(f"{path}: not a run folder (no {RESULT}); give one that `moecl train STREAM -o RUN` has made")

@@ -15,7 +15,17 @@ from moecl.errors import RunError
 from moecl.results import Result
 
 LOCK, STREAM, CONFIG, RESULT, PROGRESS = ".lock", "stream.yaml", "config.yaml", "result.json", "progress.json"
+BENCH = "bench.json"  # makes a folder a bench's
 REOPENED = "reopened"  # the key of progress.json that makes a finished run one that has more to learn
+
+
+def refuse_bench(path: Path) -> None:
+    """Raises RunError where a folder is a bench's, whose cells are runs."""
+    cells = path / "cells"
+    if (path / BENCH).is_file() or cells.is_dir():
+        found = sorted(cells.iterdir()) if cells.is_dir() else []
+        which = f"such as {found[0]}" if found else f"a folder in {cells}"
+        raise RunError(f"{path}: a bench; give one of its cells, {which}")
 
 
 class RunFolder:

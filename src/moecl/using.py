@@ -11,7 +11,7 @@ from moecl._sizes import EXPERT_MEMORY
 from moecl.config import AUTO
 from moecl.errors import AssetError, BaseError, DataError, MoECLError, RunError, StoreError, TaskError
 from moecl.review import REVIEW, TaskThresholds, Thresholds, decide, rounded
-from moecl.run_folder import RunFolder
+from moecl.run_folder import RunFolder, refuse_bench
 
 if TYPE_CHECKING:
     from moecl.config import StreamConfig
@@ -220,8 +220,9 @@ def scores(
 
     Raises RunError where there is no task, DataError where none has such rows.
     """
-    asked = names or with_rows(run, split, watcher)
-    splits = splits_of(run, [(name, split) for name in asked])
+    store, config = open_store(run), RunFolder(run).config()
+    asked = names or with_rows(run, store, config, split, watcher)
+    splits = {(name, split): split_of(config, store.record(name), split, run) for name in asked}
     result = RunFolder(run).last_result()
     for (name, _), rows in splits.items():
         before = result.data.get(name, {}).get(split) if result is not None else None
@@ -231,12 +232,12 @@ def scores(
     return [{"task": name, **vars(answers.score())} for (name, _), answers in found.items()]
 
 
-def with_rows(run: Path, split: str, watcher: "Watcher") -> list[str]:
+def with_rows(run: Path, store: "Store", config: "StreamConfig", split: str, watcher: "Watcher") -> list[str]:
     """The tasks that config.yaml has such rows for; all where none has, so that one is complained of."""
-    names = [record.name for record in open_store(run).tasks()]
+    names = [record.name for record in store.tasks()]
     if not names:
         raise RunError(f"{run}: no task is learned yet; go on with the command that started it")
-    known = {task.name for task in RunFolder(run).config().tasks if getattr(task, split)}
+    known = {task.name for task in config.tasks if getattr(task, split)}
     if not known.intersection(names):
         return names
     for name in names:
@@ -387,9 +388,8 @@ def open_store(run: Path, readonly: bool = True) -> "Store":
     from moecl.bank import store_in
     from moecl.store import Store
 
-    if (run / "bench.json").is_file():
-        raise RunError(f"{run}: a bench; give one of its cells, a folder in {run / 'cells'}")
     if not Store.exists(found := store_in(run)):
+        refuse_bench(run)
         raise RunError(f"{run}: not a run folder; give one that `moecl train STREAM -o RUN` has made")
     return Store.open(found, readonly=readonly)
 

@@ -260,7 +260,7 @@ def _example(where: str, row: Mapping[str, Any], task: Task, *, answered: bool) 
     answer = _ANSWERS[task.kind]
     fields = {name: _text_form(value) for name, value in row.items() if name != answer and _is_scalar(value)}
     for name in dict.fromkeys(parsed.names):
-        _check_field(where, name, row, task, answered, cut=name == parsed.cut)
+        _check_field(where, name, row, task, answered=answered, cut=name == parsed.cut)
     label = (
         (_label(where, row, task) if answered else _known_label(row, task)) if task.kind == "classification" else None
     )
@@ -268,19 +268,23 @@ def _example(where: str, row: Mapping[str, Any], task: Task, *, answered: bool) 
     return Example(fields[parsed.cut], fields, label, completion, None, where)
 
 
-def _check_field(where: str, name: str, row: Mapping[str, Any], task: Task, answered: bool, *, cut: bool) -> None:
+def _check_field(where: str, name: str, row: Mapping[str, Any], task: Task, *, answered: bool, cut: bool) -> None:
     if name == _ANSWERS[task.kind]:
         raise DataError(f"{where}: instruction: {{{name}}} would show the model the answer; remove it")
-    remedy = f"; correct it in the instruction of task {task.name!r} ({{{{ and }}}} are plain braces)"
-    if not answered:  # the task is learned, and its instruction what it is
-        alone = len(set(template(task.instruction).names)) == 1
-        remedy = f"; task {task.name!r} reads it: rename the field{', or give plain texts' if alone else ''}"
-    value = _present(where, name, row, remedy)
+    value = _present(where, name, row, "" if name in row else _remedy(task, answered))
     if not (isinstance(value, str) if cut else _is_scalar(value)):
         raise DataError(f"{where}: {name}: {_show(value)} is of type {type(value).__name__}, not a string")
     if cut and not value.strip():
         raise DataError(f"{where}: {name}: the text is empty; remove the row or fill it in")
     _check_unicode(where, name, str(value))
+
+
+def _remedy(task: Task, answered: bool) -> str:
+    """For a field that a row lacks: once a task is learned, its instruction is what it is."""
+    if answered:
+        return f"; correct it in the instruction of task {task.name!r} ({{{{ and }}}} are plain braces)"
+    alone = len(set(template(task.instruction).names)) == 1
+    return f"; task {task.name!r} reads it: rename the field{', or give plain texts' if alone else ''}"
 
 
 def _present(where: str, name: str, row: Mapping[str, Any], remedy: str) -> Any:

@@ -12,9 +12,9 @@ from moecl._yaml import dotted
 from moecl.errors import RunError
 from moecl.results import Result
 from moecl.routing import Routing
-from moecl.run_folder import RunFolder
+from moecl.run_folder import BENCH, RESULT, RunFolder
 
-BENCH, RESULT, SCHEMA = "bench.json", "result.json", 1
+SCHEMA = 1
 
 
 @dataclass(frozen=True)
