@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benches import tiny_bench, write_bench
 from moecl import cli
@@ -88,6 +89,15 @@ def test_no_worker_outlives_the_bench(tmp_path, tiny_folder, how):
 
     if holder is not None:
         until(gone)
+
+
+def test_the_streams_own_method_is_told_of(tmp_path, tiny_folder, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_bench(tmp_path, tiny_folder)
+    keys = yaml.safe_load(Path("stream.yaml").read_text()) | {"method": {"name": "moe-cl", "alpha": 0.5}}
+    Path("stream.yaml").write_text(yaml.safe_dump(keys))
+    assert cli.main(["bench", "bench.yaml", "--dry-run"]) == 0
+    assert "method: alpha: 0.5 is not used in a bench; put method.* under `set`" in capsys.readouterr().err
 
 
 def test_the_command(tmp_path, tiny_folder, capsys, monkeypatch):

@@ -106,6 +106,14 @@ def test_files_are_reviewed_and_written_only_where_asked(tmp_path, say):
     assert list(Thresholds.load(tmp_path / "deep" / "er" / "thresholds.json").tasks) == ["mine"]
 
 
+def test_rows_that_set_their_own_thresholds_are_told(tmp_path, say):
+    path, other = (write_seen(tmp_path / name, rows) for name, rows in (("v", SURE), ("t", SURE * 2)))
+    assert "flattered, as the test rows are the validation rows: mine" in say(
+        "--validation", path, "--test", path, "--task", "mine"
+    )
+    assert "flattered" not in say("--validation", path, "--test", other)
+
+
 def test_what_predict_writes_is_read(tmp_path):
     runs = write_seen(tmp_path / "run.jsonl", SURE)
     predicted = write_rows(

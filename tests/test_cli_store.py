@@ -21,11 +21,11 @@ from tiny_stream import task, write_stream
 
 
 @pytest.fixture(scope="module")
-def learned(tmp_path_factory, tiny_folder) -> Path:
+def versions(tmp_path_factory, tiny_folder) -> Path:
     """A run of two tasks, task0 in two versions, two of them with one gate: its first step does not move it. Copy it
     before changing anything.
     """
-    folder = tmp_path_factory.mktemp("learned")
+    folder = tmp_path_factory.mktemp("versions")
     stream = write_stream(folder, tiny_folder, rows=16, train={"epochs": 1, "precision": "fp32"})
     (folder / "again.yaml").write_text(yaml.safe_dump(task(folder, "task0", 9, rows=16)))
     assert main(["train", str(stream), "-o", str(folder / "run")]) == 0
@@ -34,8 +34,8 @@ def learned(tmp_path_factory, tiny_folder) -> Path:
 
 
 @pytest.fixture
-def run(learned, tmp_path) -> Path:
-    return Path(shutil.copytree(learned, tmp_path / "run"))
+def run(versions, tmp_path) -> Path:
+    return Path(shutil.copytree(versions, tmp_path / "run"))
 
 
 def listed(moecl, run, *words):
@@ -268,11 +268,11 @@ def test_a_store_without_a_run(moecl, run, tmp_path):
         ),
     ],
 )
-def test_misuse(refuses, learned, tmp_path, monkeypatch, words, said):
+def test_misuse(refuses, versions, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
-    before = {path: path.read_bytes() for path in learned.rglob("*") if path.is_file()}
-    assert said in refuses(*(learned if word == "RUN" else word for word in words))
-    assert {path: path.read_bytes() for path in learned.rglob("*") if path.is_file()} == before
+    before = {path: path.read_bytes() for path in versions.rglob("*") if path.is_file()}
+    assert said in refuses(*(versions if word == "RUN" else word for word in words))
+    assert {path: path.read_bytes() for path in versions.rglob("*") if path.is_file()} == before
 
 
 def test_export(moecl, run, tmp_path):

@@ -48,7 +48,7 @@ def topical(folder: Path, name: str, number: int, rows: int = 32) -> dict:
 
 
 @pytest.fixture(scope="module")
-def learned(tmp_path_factory, tiny_folder) -> Path:
+def topics(tmp_path_factory, tiny_folder) -> Path:
     """A folder with the stream of three tasks, and `run`. Copy it before changing anything."""
     folder = tmp_path_factory.mktemp("routed")
     tasks = [topical(folder, f"task{number}", number) for number in range(3)]
@@ -57,8 +57,8 @@ def learned(tmp_path_factory, tiny_folder) -> Path:
 
 
 @pytest.fixture
-def run(learned, tmp_path) -> Path:
-    return Path(shutil.copytree(learned / "run", tmp_path / "run"))
+def run(topics, tmp_path) -> Path:
+    return Path(shutil.copytree(topics / "run", tmp_path / "run"))
 
 
 def texts(folder: Path, name: str, split: str = "test") -> list[str]:
@@ -66,8 +66,8 @@ def texts(folder: Path, name: str, split: str = "test") -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def router(learned) -> Router:
-    return Router.load(MoECL.from_pretrained(learned / "run"), Store.open(learned / "run" / "store"))
+def router(topics) -> Router:
+    return Router.load(MoECL.from_pretrained(topics / "run"), Store.open(topics / "run" / "store"))
 
 
 @pytest.fixture
@@ -86,8 +86,8 @@ def moecl(capsys, monkeypatch):
 # What it reads
 
 
-def test_a_texts_features_do_not_depend_on_its_neighbours(router, learned):
-    rows = [*texts(learned, "task0"), "tea", "", " ".join(["movie"] * 300)]
+def test_a_texts_features_do_not_depend_on_its_neighbours(router, topics):
+    rows = [*texts(topics, "task0"), "tea", "", " ".join(["movie"] * 300)]
     together = router.features(rows)
     assert np.array_equal(together, router.features(rows[::-1])[::-1])
     assert all(np.array_equal(router.features([row])[0], one) for row, one in zip(rows, together, strict=True))
@@ -142,9 +142,9 @@ def test_many_rows_are_thinned_evenly():
 # What it says
 
 
-def test_texts_find_their_task(router, learned):
+def test_texts_find_their_task(router, topics):
     for name in router.tasks:
-        routes = router.route(texts(learned, name))
+        routes = router.route(texts(topics, name))
         assert all(isinstance(one, Route) and sum(one.shares.values()) == pytest.approx(1) for one in routes)
         assert all(list(one.shares) == ["task0", "task1", "task2"] for one in routes)
         likeliest = [max(one.shares, key=one.shares.get) for one in routes]
@@ -152,8 +152,8 @@ def test_texts_find_their_task(router, learned):
         assert np.mean([one.task in (name, None) for one in routes]) > 0.9
 
 
-def test_unknown_below_the_threshold(router, learned):
-    known = router.features(texts(learned, "task1"))
+def test_unknown_below_the_threshold(router, topics):
+    known = router.features(texts(topics, "task1"))
     noise = known.mean(axis=0) + np.random.default_rng(0).normal(size=known.shape).astype(np.float32)
     for features, accepted in ((known, 0.8), (noise, 0.2)):
         shares, familiar = router.see(features)
@@ -163,8 +163,8 @@ def test_unknown_below_the_threshold(router, learned):
         assert [list(one.shares.values()) for one in routes] == shares.tolist(), "shares are given either way"
 
 
-def test_what_lies_beyond_all_tasks_is_unknown_even_with_two(router, learned):
-    known = router.features(texts(learned, "task1"))
+def test_what_lies_beyond_all_tasks_is_unknown_even_with_two(router, topics):
+    known = router.features(texts(topics, "task1"))
     two = Router(router.features, router.statistics, dict(zip(router.tasks[:2], router.keys[:2], strict=True)))
     assert two.calibration.threshold is None
     wide = known.mean(axis=0) + 50 * (known - known.mean(axis=0))
@@ -175,21 +175,21 @@ def test_what_lies_beyond_all_tasks_is_unknown_even_with_two(router, learned):
 # What a store keeps
 
 
-def test_a_saved_model_routes_as_it_did(router, learned, tmp_path):
-    MoECL.from_pretrained(learned / "run").save_pretrained(tmp_path / "copy")
+def test_a_saved_model_routes_as_it_did(router, topics, tmp_path):
+    MoECL.from_pretrained(topics / "run").save_pretrained(tmp_path / "copy")
     again = Router.load(MoECL.from_pretrained(tmp_path / "copy"), Store.open(tmp_path / "copy"))
-    assert again.route(texts(learned, "task1")) == router.route(texts(learned, "task1"))
+    assert again.route(texts(topics, "task1")) == router.route(texts(topics, "task1"))
 
 
-def test_statistics_are_kept_with_each_task(learned):
-    store = Store.open(learned / "run" / "store")
+def test_statistics_are_kept_with_each_task(topics):
+    store = Store.open(topics / "run" / "store")
     statistics = read(store)
     assert list(statistics.train.means) == list(statistics.held.means) == [one.reference for one in store.tasks()]
     assert (statistics.train.freedom, statistics.held.freedom) == (3 * 31, 3 * 7)
     assert store.verify() == []
 
 
-def test_learning_on_or_again_ends_with_the_same_statistics(learned, run, tmp_path, tiny_folder):
+def test_learning_on_or_again_ends_with_the_same_statistics(topics, run, tmp_path, tiny_folder):
     """From a store's rounded sums as in one go, without the old rows; a version learned again takes the place."""
     (tmp_path / "more").mkdir()
     section = topical(tmp_path / "more", "later", 3)
@@ -222,19 +222,19 @@ def test_a_version_after_a_deleted_one_is_found(run):
     assert read(store).known(store.tasks())[task.name] == f"{task.name}@3"
 
 
-def test_another_order_routes_alike(learned, router, tmp_path):
-    config = RunFolder(learned / "run").config()
+def test_another_order_routes_alike(topics, router, tmp_path):
+    config = RunFolder(topics / "run").config()
     turned = config.model_copy(update={"tasks": config.tasks[::-1]})
     ContinualTrainer(turned, tmp_path / "turned").run()
     other = Router.load(MoECL.from_pretrained(tmp_path / "turned"), Store.open(tmp_path / "turned" / "store"))
-    rows = [text for name in router.tasks for text in texts(learned, name)]
+    rows = [text for name in router.tasks for text in texts(topics, name)]
     for one, same in zip(router.route(rows), other.route(rows), strict=True):
         assert one.task == same.task
         assert list(same.shares.values()) == pytest.approx(list(one.shares.values()), abs=1e-4)
 
 
-def test_a_run_without_it(learned, tmp_path, moecl):
-    config = RunFolder(learned / "run").config().model_copy(update={"router": False})
+def test_a_run_without_it(topics, tmp_path, moecl):
+    config = RunFolder(topics / "run").config().model_copy(update={"router": False})
     ContinualTrainer(config, tmp_path / "without").run()
     run = tmp_path / "without"
     store = Store.open(run / "store")
@@ -248,7 +248,7 @@ def test_a_run_without_it(learned, tmp_path, moecl):
     before = Store.open(run / "store").manifest
     assert moecl("router", run, "--fit")[0] == 0
     after = Store.open(run / "store").manifest
-    assert after.training["router"] == Store.open(learned / "run" / "store").manifest.training["router"]
+    assert after.training["router"] == Store.open(topics / "run" / "store").manifest.training["router"]
     assert after.model_copy(update={"training": before.training}) == before, "nothing else moved"
     assert moecl("predict", run, "--task", "auto", stdin="tea\n")[0] == 0
     learn(run, new(tmp_path / "n"))
@@ -258,28 +258,28 @@ def test_a_run_without_it(learned, tmp_path, moecl):
     assert "has no router statistics of new" in said
 
 
-def test_the_cache_gives_the_same_and_spares_the_base(learned, tmp_path, monkeypatch):
-    config = RunFolder(learned / "run").config()
+def test_the_cache_gives_the_same_and_spares_the_base(topics, tmp_path, monkeypatch):
+    config = RunFolder(topics / "run").config()
     assert derived.taken("features")[1] >= 6
     monkeypatch.setattr(Features, "_read", None)
     ContinualTrainer(config, tmp_path / "again").run()
     digests = [
-        Store.open(place / "store").manifest.training["router"] for place in (learned / "run", tmp_path / "again")
+        Store.open(place / "store").manifest.training["router"] for place in (topics / "run", tmp_path / "again")
     ]
     assert digests[0] == digests[1]
 
 
-def test_stopped_after_a_task_it_ends_the_same(learned, tmp_path):
+def test_stopped_after_a_task_it_ends_the_same(topics, tmp_path):
     class Stopping(Watcher):
         def row(self, after, tasks, scores):
             if after == 2:
                 raise KeyboardInterrupt
 
-    config = RunFolder(learned / "run").config()
+    config = RunFolder(topics / "run").config()
     with pytest.raises(KeyboardInterrupt):
         ContinualTrainer(config, tmp_path / "run", Stopping()).run()
     ContinualTrainer(config, tmp_path / "run").run()
-    digests = [Store.open(place / "store").manifest.training["router"] for place in (learned / "run", tmp_path / "run")]
+    digests = [Store.open(place / "store").manifest.training["router"] for place in (topics / "run", tmp_path / "run")]
     assert digests[0] == digests[1]
 
 
@@ -303,9 +303,9 @@ def test_another_bases_statistics_are_refused(run):
 # The commands
 
 
-def test_predict_auto(learned, moecl, tmp_path):
-    run = learned / "run"
-    rows = [{"text": text, "label": "good"} for name in ("task0", "task2") for text in texts(learned, name)[:5]]
+def test_predict_auto(topics, moecl, tmp_path):
+    run = topics / "run"
+    rows = [{"text": text, "label": "good"} for name in ("task0", "task2") for text in texts(topics, name)[:5]]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     status, out, _ = moecl("predict", run, tmp_path / "rows.jsonl", "--task", "auto")
     found = [json.loads(line) for line in out.splitlines()]
@@ -327,7 +327,7 @@ def test_predict_auto(learned, moecl, tmp_path):
     assert "stdin:1: the row has no field that a task reads; give text" in said
 
 
-def test_eval_auto_and_the_report(run, learned, moecl):
+def test_eval_auto_and_the_report(run, topics, moecl):
     status, out, _ = moecl("eval", run, "--task", "auto", "--json")
     assert status == 0
     found = Routing.load(run)
@@ -357,9 +357,9 @@ def test_eval_auto_and_the_report(run, learned, moecl):
     assert "measure it again with `moecl eval" in moecl("report", run)[2]
 
 
-def test_compare_by_route(learned, run, moecl, tmp_path):
+def test_compare_by_route(topics, run, moecl, tmp_path):
     (tmp_path / "texts").write_text("movie story boring tea\nbattery screen phone love\n")
-    words = ("compare", learned / "run", run, "--general", tmp_path / "texts", "--json")
+    words = ("compare", topics / "run", run, "--general", tmp_path / "texts", "--json")
     base, routed = (json.loads(moecl(*words, *more)[1])["general"] for more in ((), ("--route", "auto")))
     assert routed["old"] == routed["new"]
     assert routed["old"] != base["old"], "another's words than the base's"

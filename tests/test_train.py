@@ -400,6 +400,14 @@ def test_without_tensorboard_there_is_a_note(tmp_path, tiny_folder, monkeypatch)
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
+def test_stopping_early_without_validation_rows_there_is_a_note(tmp_path, tiny_folder):
+    config = stream(tmp_path, tiny_folder, tasks=1, rows=8, train={**QUICK, "early_stopping": 1})
+    config = edited(config, tmp_path, validation=None)
+    recorder = Recorder(tmp_path / "run")
+    learn(config, tmp_path / "run", recorder)
+    assert "task task0: never stopped early, for it has no validation rows" in recorder.notes
+
+
 # --- settings that must not change what is learned ---
 
 

@@ -13,7 +13,9 @@ import yaml
 from moecl.errors import ConfigError
 
 Keys = tuple[str | int, ...]
-DATA_EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # of files of rows; JSON is YAML, too
+LINES = (".jsonl", ".ndjson")  # of files of rows, a row a line
+TABLES = (".json", ".csv", ".tsv", ".parquet")
+DATA_EXTENSIONS = (*LINES, *TABLES)  # JSON is YAML, too
 
 _EXPONENT = re.compile(r"[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+\Z")
 _BREAK = re.compile("[\n\r\x85\u2028\u2029]")

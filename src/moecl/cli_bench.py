@@ -15,6 +15,7 @@ from moecl.terminal import Command, quietly
 if TYPE_CHECKING:
     from moecl.bench import Bench
     from moecl.bench_cells import Pool
+    from moecl.bench_config import BenchConfig
 
 out, err = Console(), Console(stderr=True)
 
@@ -98,10 +99,19 @@ def a_seed(word: str) -> int:
 
 def planned(file: Path, folder: Path, selection: Any, jobs: int | None) -> "Bench":
     from moecl.bench import Bench
-    from moecl.bench_config import load_bench
 
     slots = jobs or 1
-    return Bench(load_bench(file), folder, selection, threads(os.cpu_count() or 1, slots), slots)
+    return Bench(bench_of(file), folder, selection, threads(os.cpu_count() or 1, slots), slots)
+
+
+def bench_of(file: Path) -> "BenchConfig":
+    from moecl.bench_config import load_bench
+
+    config = load_bench(file)
+    if unused := config.unused_settings():
+        said = f"{Path(config.stream).name}: method: {unused} is not used in a bench; put method.* under `set`"
+        err.print(said, soft_wrap=True, markup=False, highlight=False)
+    return config
 
 
 def threads(cores: int, slots: int) -> int:
@@ -112,13 +122,9 @@ def threads(cores: int, slots: int) -> int:
 
 def run(file: Path, folder: Path, selection: Any, jobs: int | None, ray: str | None) -> "Bench":
     from moecl.bench import Bench
-    from moecl.bench_config import load_bench
     from moecl.show_bench import bench_watcher
 
-    config = load_bench(file)
-    if unused := config.unused_settings():
-        said = f"{Path(config.stream).name}: method: {unused} is not used in a bench; put method.* under `set`"
-        err.print(said, soft_wrap=True, markup=False, highlight=False)
+    config = bench_of(file)
     with err.status("starting"):
         pool = pool_for(jobs, ray)
     found = Bench(config, folder, selection, threads(pool.cores, pool.slots), pool.slots)

@@ -218,6 +218,7 @@ class Review(Strict):
     tasks: dict[str, TaskReview]
     total: GroupReview
     skipped: dict[str, str] = Field(default_factory=dict, description="task -> why it is not in here")
+    seen: list[str] = Field(default_factory=list, description="tasks tested on the rows that set their thresholds")
     against: Against | None = Field(default=None, description="this run as A, the second as B")
 
 
@@ -238,6 +239,7 @@ def review(
         tasks=measured,
         total=total([*measured.values()]),
         skipped=dict(skipped or {}),
+        seen=[name for name, pair in pairs.items() if pair.validation.sha256 == pair.test.sha256],
         against=None if against is None else paired(pairs, fitted, measured, against, target),
     )
     return Thresholds(target=target, tasks=fitted), found

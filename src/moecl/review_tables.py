@@ -44,6 +44,8 @@ def notes(review: Review) -> list[str]:
         if found.precision is not None and found.precision < review.target.precision
     ]
     below = [f"below the target on test rows: {', '.join(missed)}"] if missed else []
+    if review.seen:
+        below.append(f"flattered, as the test rows are the validation rows: {', '.join(review.seen)}")
     return below + [f"skipped {name}: {reason}" for name, reason in review.skipped.items()]
 
 

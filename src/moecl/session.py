@@ -144,6 +144,8 @@ class Session:
         }
         if found := remarks(course.data, self.progress.data[course.name]):
             self.watcher.note(f"task {course.name}: {'; '.join(found)}")
+        if self.config.train.early_stopping and course.validation is None:
+            self.watcher.note(f"task {course.name}: never stopped early, for it has no validation rows")
         for name, info in self.progress.data[course.name].items():
             if before and before.get(name, {}).get("sha256") != info["sha256"]:
                 raise RunError(

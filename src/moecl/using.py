@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moecl._sizes import EXPERT_MEMORY
+from moecl._yaml import TABLES
 from moecl.config import AUTO
 from moecl.errors import AssetError, BaseError, DataError, MoECLError, RunError, StoreError, TaskError
 from moecl.review import REVIEW, TaskThresholds, Thresholds, decide, rounded
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from moecl.routing import Routing
     from moecl.store import Store, TaskRecord
 
-TABLES = (".csv", ".tsv", ".json", ".parquet")  # formats of rows that a stream may have
 STEP = 64  # rows that are answered at once
 
 
