@@ -93,6 +93,12 @@ def test_what_cannot_be_loaded_is_one_line(tiny_folder, tmp_path, how):
     assert how != "a weight less" or "lacks 1 of the weights of a LlamaForCausalLM (model.layers" in message
 
 
+def test_a_mistyped_asset_is_not_sought_on_the_hub(monkeypatch):
+    monkeypatch.setattr(backbone.AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(BaseError, match=r"^base: no asset 'smollm2-135m' \(did you mean 'smollm2-135m-instruct'\?\)$"):
+        load_backbone("smollm2-135m")
+
+
 def test_a_name_that_is_nowhere():
     with pytest.raises(BaseError, match=r"cannot load 'user/nothing-such'.*smollm2-135m-instruct"):
         load_backbone("user/nothing-such")

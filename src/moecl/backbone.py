@@ -41,6 +41,8 @@ def load_backbone(name: str, precision: str = "fp32", device: str = "cpu", progr
         raise BaseError(
             f"base: {name}: no such folder; restore it, or give a hub id or an asset: {', '.join(assets.models())}"
         )
+    if source == name and "/" not in name and not Path(name).exists() and (meant := near(name, assets.models())):
+        raise BaseError(f"base: no asset {name!r}{meant}")  # without asking the hub, which takes a minute to give up
     if progress:
         progress("loading the base", 0, 0)
     try:
