@@ -11,13 +11,13 @@ from moecl import metrics
 from moecl.config import StreamConfig, Task
 from moecl.course import Watcher
 from moecl.engine import Engine, Entry, GateUse, Prediction
+from moecl.eval_run import answered
 from moecl.evaluate import Answers
 from moecl.evidence import drift, figures, items, without_row
 from moecl.model import MoECL
 from moecl.results import Result
 from moecl.session import Session
 from moecl.train import ContinualTrainer
-from moecl.using import answered
 from runs import QUICK, Recorder, learn, stream
 from tiny import random_parts, tiny_model, tiny_tokenizer
 

@@ -70,6 +70,8 @@ TOP = {
         "watch",
         "terminal",
         "using",
+        "predict_lines",
+        "eval_run",
         "estimate",
         "route_store",
     ),

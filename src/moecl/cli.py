@@ -256,7 +256,7 @@ def predict(
     if file is None and sys.stdin.isatty():
         err.print("rows from the terminal, one a line; Ctrl-D ends", style="dim")
     with quietly():
-        from moecl.using import answers
+        from moecl.predict_lines import answers
 
         for found in answers(run, file, task, device, expert_memory, thresholds, max_tokens):
             print("\n".join(json.dumps(one, ensure_ascii=False) for one in found), flush=True)
@@ -284,8 +284,8 @@ def evaluate(
     name, where texts find their task themselves; of the test split it is kept for `moecl report`.
     """
     from moecl.config import AUTO
+    from moecl.eval_run import scores
     from moecl.show import show_scores
-    from moecl.using import scores
 
     if split not in SPLITS:
         raise ConfigError(f"--split: {split!r} is none of {', '.join(SPLITS)}{near(split, SPLITS)}")

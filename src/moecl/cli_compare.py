@@ -108,7 +108,8 @@ def compare(
 
 def tested(path: Path, result: "Result", rescore: bool, device: str) -> "tuple[Result, dict[str, str]]":
     """A result, and why tasks do not answer as it says; with `rescore` as they answer now, where they do."""
-    from moecl.using import not_as_tested, open_store, retested
+    from moecl.eval_run import retested
+    from moecl.using import not_as_tested, open_store
 
     run = path if path.is_dir() else path.parent
     if not (moved := not_as_tested(run, result)):
@@ -151,7 +152,7 @@ def predicted(file: Path, old: Path, new: Path, device: str, route: str | None) 
 def read_texts(file: Path) -> list[str]:
     from moecl.config import Task
     from moecl.data.task import rows_from_lines
-    from moecl.using import lines_of
+    from moecl.predict_lines import lines_of
 
     task = Task(name="general", kind="classification", instruction="{text}")
     with lines_of(file) as lines:

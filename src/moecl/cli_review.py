@@ -86,8 +86,9 @@ def review(
 def gathered(
     run: Path | None, validation: Path | None, test: Path | None, tasks: list[str], rescore_on: str | None
 ) -> "tuple[dict[str, Pair], dict[str, str]]":
+    from moecl.eval_run import rescorable
     from moecl.review_rows import of_files, of_run
-    from moecl.using import not_as_tested, rescorable
+    from moecl.using import not_as_tested
 
     if run is not None:
         if validation or test:
@@ -124,7 +125,7 @@ def without_rows(run: Path) -> dict[str, str]:
 
 
 def answered_anew(run: Path, names: list[str], device: str) -> "dict[str, Pair]":
-    from moecl.using import rescored
+    from moecl.eval_run import rescored
 
     if not names:
         return {}

@@ -77,7 +77,7 @@ def evaluate_auto(
     if len(names) > 1:
         raise ConfigError("--task auto: it measures every task; give no other")
     with quietly(), console.status("answering with and without the task"):
-        from moecl.using import routing
+        from moecl.eval_run import routing
 
         return routing(run, split, device, expert_memory)
 

@@ -1,29 +1,17 @@
 """The sections of a bench: which method is ahead, how sure that is, and what it cost."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from moecl._sizes import duration, size
 from moecl.method_config import METHODS
 from moecl.report import plots, ranking
+from moecl.report.headline import beside, headline, unfinished
 from moecl.report.page import MISSING, Block, Cell, Figure, Section, Table, Text
+from moecl.report.protocol import environment, protocol, tuning
 from moecl.report.ranking import BOUND, KEEPS_DATA, OURS, Comparison, Standing, best_rival, compare, standings
-from moecl.report.read import Bench, CellOfBench, MethodOfBench
-from moecl.report.words import (
-    between,
-    count,
-    flat,
-    hundredths,
-    listed,
-    number,
-    p_value,
-    points,
-    score,
-    settings,
-    several,
-    signed,
-)
-from moecl.stats import Difference
+from moecl.report.read import Bench
+from moecl.report.words import between, count, listed, number, p_value, score, signed
 
 ABOUT = (
     "Intervals and p: bootstrap over test rows, 2,000 draws, paired between methods; they do not count how results "
@@ -36,113 +24,20 @@ def sections(bench: Bench, title: str) -> tuple[list[Section], list[str], Table 
     found, level = standings(bench), 3 if title else 2
     said = headline(found)
     warnings = [Text(line, "warning") for line in unfinished(bench)]
-    first = Section(title, [*warnings, Text(said, "headline"), *_beside(found)])
+    first = Section(title, [*warnings, Text(said, "headline"), *beside(found)])
     words = [*(line.text for line in warnings), said]
     if not found:
-        return [first, *_protocol(bench, level)], words, None
+        return [first, *protocol(bench, level)], words, None
     table = by_order(bench, found)
     parts: dict[str, list[Block]] = {
         "Methods": [*_dots(found), table, transfer(found)],
         "Who is ahead": [*_significance(found)],
         "By task": [by_task(bench, found)],
         "Cost against accuracy": [*_cost(found)],
-        "What was tuned": [*_tuning(bench)],
+        "What was tuned": [*tuning(bench)],
     }
     shown = [Section(name, blocks, level) for name, blocks in parts.items() if blocks]
-    return [first, *shown, *_protocol(bench, level), *_environment(found, level)], words, table
-
-
-# In words
-
-
-def headline(found: Sequence[Standing]) -> str:
-    """Is the leader better, and how sure are we: one paragraph."""
-    first = ranking.leader(found)
-    if first is None:
-        return "No rehearsal-free method has a finished cell yet, so there is no leader."
-    rival = best_rival(first, found)
-    if rival is None:
-        return f"{first.label} reaches {score(first.mean)}; no rival has a finished cell in common with it yet."
-    on = f" on the {several(rival.cells, 'cell')} that both have" if rival.cells < len(first.results) else ""
-    gap = f"{score(first.mean)} average accuracy; {rival.other.label}, the closest rival, is {_side(rival.mean)}{on}"
-    if rival.sure is None:
-        return f"{first.label} leads with {gap}. {NO_ITEMS} {_orders(first, rival)}"
-    verdict = f"{gap} (95% interval {_points(rival.sure)}, p = {p_value(rival.sure.p)}). {_orders(first, rival)}"
-    if rival.sure.low > 0:
-        behind = [str(seed) for seed, gap in rival.by_seed.items() if gap <= 0]
-        if behind:
-            return f"{first.label} is ahead of its best rival, but not with seed {listed(behind)}: {verdict}"
-        return f"{first.label} is better than its best rival: {verdict}"
-    return f"{first.label} is not shown to be better: {verdict}"
-
-
-NO_ITEMS = "How sure that is cannot be said: not all results hold test items of the same tasks."
-
-
-def _points(sure: Difference, turned: bool = False) -> str:
-    low, high = (-sure.high, -sure.low) if turned else (sure.low, sure.high)
-    return f"{hundredths(low)} to {hundredths(high)} points"
-
-
-def _side(ahead: float) -> str:
-    """Where the other stands."""
-    return "level with it" if round(ahead, 3) == 0 else f"{points(ahead)} {'behind' if ahead > 0 else 'ahead'}"
-
-
-def _orders(first: Standing, rival: Comparison) -> str:
-    """Whether the lead holds in each order."""
-    orders = sorted({order for order, _ in first.results.keys() & rival.other.results.keys()})
-    compared = {order: compare(*_in_order(order, first, rival.other)) for order in orders}
-    known = {order: one for order, one in compared.items() if one is not None}
-    ahead = [order for order, one in known.items() if one.mean > 0]
-    clear = [order for order in ahead if (sure := known[order].sure) is not None and sure.low > 0]
-    if len(known) < 2:
-        return "Both ran one order only."
-    counted = f"{'each' if len(ahead) == len(known) else len(ahead)} of {len(known)} orders"
-    outside = f", with an interval above 0 in {len(clear) or 'none'}" if any(one.sure for one in known.values()) else ""
-    return f"It leads in {counted}{outside}."
-
-
-def _in_order(order: str, *both: Standing) -> list[Standing]:
-    return [found for one in both if (found := one.of_order(order)) is not None]
-
-
-def _beside(found: Sequence[Standing]) -> Iterator[Text]:
-    """What stands outside the race: the bound, methods that keep data, and who is ahead on few cells."""
-    first = ranking.leader(found)
-    for one in found:
-        if first is None or one is first or (versus := compare(first, one)) is None:
-            continue
-        if one.rehearsal_free:
-            if versus.mean < 0:
-                both = several(versus.cells, "cell")
-                yield Text(f"{one.label} is {points(versus.mean)} ahead of {first.label} on the {both} that both have.")
-            continue
-        how = KEEPS_DATA[one.method]
-        on = f" on the {several(versus.cells, 'cell')} that both have" if versus.cells < len(first.results) else ""
-        what = "the bound, no rival" if one.method == BOUND else "not rehearsal-free"
-        sure = f" (95% interval {_points(versus.sure, versus.mean < 0)})" if versus.sure else ""
-        yield Text(
-            f"{one.label} ({what}: {how}) reaches {score(one.mean)}; {first.label} is "
-            f"{points(versus.mean)} {'above' if versus.mean >= 0 else 'below'} it{on}{sure}."
-        )
-
-
-def unfinished(bench: Bench) -> list[str]:
-    """Cells that are missing from the numbers, and why."""
-    lines = []
-    for status, said in {"failed": "failed", "running": "still running", "waiting": "not run yet"}.items():
-        cells = [cell for cell in bench.cells if cell.status == status]
-        if cells:
-            lines.append(
-                f"{len(cells)} of {several(len(bench.cells), 'cell')} {said}, not in any number: {_named(cells)}."
-            )
-    return lines
-
-
-def _named(cells: Sequence[CellOfBench]) -> str:
-    shown = [f"{cell.id}{f' ({cell.reason.rstrip(chr(46))})' if cell.reason else ''}" for cell in cells[:8]]
-    return f"{'; '.join(shown)}{f'; and {len(cells) - 8} more' if len(cells) > 8 else ''}"
+    return [first, *shown, *protocol(bench, level), *environment(found, level)], words, table
 
 
 # Tables
@@ -332,119 +227,3 @@ def _costs(one: Standing) -> dict[str, Any]:
     found["kept"] = None if found["bytes"] is None else found["bytes"] + (found["shared_bytes"] or 0)
     found["seconds"] = ranking.mean([result.seconds for result in one.results.values()])
     return found
-
-
-# How it was made
-
-
-def _tuning(bench: Bench) -> Iterator[Block]:
-    tuned = {label: method.tuned for label, method in bench.methods.items() if method.tuned}
-    if not tuned:
-        yield Text("No trials were run here: every method ran with the settings below.")
-    common, own = _apart(bench)
-    rows = []
-    for label, method in bench.methods.items():
-        trials = method.tuned.trials if method.tuned else []
-        best = max((trial.score for trial in trials if trial.score is not None), default=None)
-        chosen = settings(method.tuned.chosen) if method.tuned else "-"
-        rows.append(
-            [
-                label,
-                method.method,
-                settings(own[label]),
-                str(len(trials)),
-                chosen,
-                score(best) if trials else "-",
-            ]
-        )
-    budgets = {len(found.trials) for found in tuned.values()}
-    if tuned:
-        same = len(budgets) == 1 and len(tuned) == len(bench.methods)
-        many = f"{several(budgets.pop(), 'trial')} of each method" if same else "Not as many trials of each method"
-        yield Text(f"{many} were scored on validation rows; the best is what its cells ran with.")
-    if common:
-        yield Text(f"Where the table says nothing else: {settings(common)}.")
-    columns = ["label", "method", "settings", "trials", "chosen", "validation score of the chosen"]
-    yield Table("Settings of each method, where not the default", columns, rows, words=(1, 2, 4))
-
-
-def _apart(bench: Bench) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """What is told of most methods, but not of all or not as their default; and of each what is not so."""
-    own = _own(bench)
-    told = {label: _unusual(method) | own[label] for label, method in bench.methods.items()}
-    common = {}
-    for key in {key: None for one in told.values() for key in one}:
-        values = [repr(one.get(key)) for one in told.values()]
-        usual = max(values, key=values.count)
-        if values.count(usual) > max(1, len(values) / 2) and all(key in one for one in told.values()):
-            common[key] = next(one[key] for one in told.values() if repr(one[key]) == usual)
-    return common, {
-        label: {key: value for key, value in one.items() if key not in common or repr(common[key]) != repr(value)}
-        for label, one in told.items()
-    }
-
-
-def _own(bench: Bench) -> dict[str, dict[str, Any]]:
-    """How each method is trained and read where that is not the same for all."""
-    plain = {
-        label: {"head": method.stream.get("head"), **method.stream.get("train", {}), "seed": None}
-        for label, method in bench.methods.items()
-    }
-    keys = {key: {repr(one.get(key)) for one in plain.values()} for one in plain.values() for key in one}
-    return {label: {key: one[key] for key in one if len(keys[key]) > 1} for label, one in plain.items()}
-
-
-def _unusual(method: MethodOfBench) -> dict[str, Any]:
-    """The settings that are not the method's defaults; all of a method that is not known here."""
-    if method.method not in METHODS:
-        return method.settings
-    usual = METHODS[method.method].model_validate({"name": method.method}).model_dump(mode="json")
-    return {key: value for key, value in method.settings.items() if key not in usual or usual[key] != value}
-
-
-def _protocol(bench: Bench, level: int) -> list[Section]:
-    orders = Table(
-        "Orders", ["order", "tasks"], [[name, ", ".join(tasks)] for name, tasks in bench.orders.items()], words=(1,)
-    )
-    facts = [
-        ("base", bench.base),
-        ("seeds", ", ".join(map(str, bench.seeds)) or "-"),
-        *flat(_without_rows(bench.protocol)),
-    ]
-    blocks: list[Block] = [
-        orders,
-        Table("Common to all methods", ["what", "value"], [list(one) for one in facts], words=(1,)),
-    ]
-    rows = bench.protocol.get("rows")
-    if isinstance(rows, Mapping) and all(isinstance(one, Mapping) for one in rows.values()):
-        splits = list(dict.fromkeys(split for one in rows.values() for split in one))
-        table = [[task, *(str(one.get(split, "-")) for split in splits)] for task, one in rows.items()]
-        blocks.append(Table("Rows of each split", ["task", *splits], table))
-    blocks += [Text("To run it again, with the file that the bench was started with:"), Text(COMMANDS, "code")]
-    return [Section("Protocol", blocks, level)]
-
-
-COMMANDS = "moecl bench bench.yaml -o OUT\nmoecl report OUT"
-
-
-def _without_rows(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in protocol.items() if key != "rows" or not isinstance(value, Mapping)}
-
-
-def _environment(found: Sequence[Standing], level: int) -> list[Section]:
-    """Environments as the cells have them, each once."""
-    different: dict[str, list[str]] = {}
-    lines: dict[str, list[list[str]]] = {}
-    for one in found:
-        for result in one.results.values():
-            flattened = [list(line) for line in flat(result.environment)]
-            key = str(flattened)
-            lines[key] = flattened
-            if one.label not in different.setdefault(key, []):
-                different[key].append(one.label)
-    blocks: list[Block] = [
-        Table(f"Environment of {'all cells' if len(different) == 1 else ', '.join(labels)}", ["what", "value"],
-              lines[key], words=(1,))
-        for key, labels in different.items() if lines[key]
-    ]  # fmt: skip
-    return [Section("Environment", blocks, level, folded=True)] if blocks else []

@@ -1,0 +1,165 @@
+"""`moecl predict`: the rows of a file or of standard input, answered in order. Torch is imported where it is needed."""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moecl._yaml import TABLES
+from moecl.config import AUTO
+from moecl.errors import DataError, MoECLError, TaskError
+from moecl.review import REVIEW, TaskThresholds, Thresholds, decide, rounded
+from moecl.using import levels_of, load, open_store, router_of
+
+if TYPE_CHECKING:
+    from moecl.engine import Engine, Prediction
+    from moecl.routed import Routed
+    from moecl.store import Store, TaskRecord
+
+STEP = 64  # rows that are answered at once
+
+
+def answers(
+    run: Path,
+    file: Path | None,
+    task: str | None,
+    device: str,
+    expert_memory: str,
+    thresholds: Path | None = None,
+    max_tokens: int | None = None,
+) -> Iterator[list[dict[str, Any]]]:
+    """Labels and scores of the rows of a file or of standard input, in order, some rows at a time.
+
+    With a thresholds file also the decisions. Raises RunError, TaskError and DataError before the base is loaded where
+    it can.
+    """
+    store = open_store(run)
+    if task == AUTO:
+        yield from routed_answers(store, file, device, expert_memory, thresholds, max_tokens)
+        return
+    asked = task or only_task(store)
+    record = store.record(asked)
+    levels = (
+        None
+        if thresholds is None
+        else Thresholds.load(thresholds).of(record.name, record.task.labels or (), record.parts, thresholds)
+    )
+    with lines_of(file) as lines:
+        first = next(lines, None)
+        if first is None:
+            return
+        from moecl.data.task import rows_from_lines
+        from moecl.engine import Engine
+
+        engine = Engine(load(store, device, expert_memory))
+        rows = rows_from_lines(chain([first], lines), record.task, "stdin" if file is None else str(file))
+        for chunk in chunks(rows, 1 if file is None and sys.stdin.isatty() else STEP):
+            found = engine.predict(chunk, asked, max_tokens)
+            yield [answer(one, record, row.label, levels) for one, row in zip(found, chunk, strict=True)]
+
+
+def routed_answers(
+    store: "Store",
+    file: Path | None,
+    device: str,
+    expert_memory: str,
+    thresholds: Path | None,
+    max_tokens: int | None,
+) -> Iterator[list[dict[str, Any]]]:
+    """The same where nobody says which task: lines also have the task that answered, and what decided it."""
+    records = {one.name: one for one in store.tasks()}
+    levels = None if thresholds is None else levels_of(records.values(), thresholds)
+    with lines_of(file) as lines:
+        first = next(lines, None)
+        if first is None:
+            return
+        from moecl.data.task import plain_rows
+        from moecl.engine import Engine
+        from moecl.routed import predict
+
+        model = load(store, device, expert_memory)
+        engine, router = Engine(model), router_of(model, store)
+        rows = plain_rows(chain([first], lines), "stdin" if file is None else str(file))
+        for chunk in chunks(rows, 1 if file is None and sys.stdin.isatty() else STEP):
+            yield [
+                routed_answer(one, records, true_label(row, engine, one.route.task), levels)
+                for one, (_, row) in zip(predict(engine, router, chunk, max_tokens), chunk, strict=True)
+            ]
+
+
+def routed_answer(
+    found: "Routed", records: Mapping[str, "TaskRecord"], true: str | None, levels: Mapping[str, TaskThresholds] | None
+) -> dict[str, Any]:
+    """A line of `moecl predict --task auto`; with thresholds what they do not decide is left to a human."""
+    task = found.route.task
+    if task is None or found.prediction is None:
+        line: dict[str, Any] = {"label": None, "scores": {}, "task": None, "version": None}
+    else:
+        line = answer(found.prediction, records[task], true, (levels or {}).get(task))
+    if levels is not None:
+        line.setdefault("decision", REVIEW)
+    shares, familiar = found.route.rounded()
+    return {**line, "route": shares, "familiar": familiar}
+
+
+def true_label(row: str | Mapping[str, Any], engine: "Engine", task: str | None) -> str | None:
+    """A row's own label, where it is one of its task's."""
+    if task is None or isinstance(row, str):
+        return None
+    from moecl.data.task import example
+
+    return example(row, engine.bank[task].task).label
+
+
+def answer(
+    found: "Prediction", record: "TaskRecord", true: str | None, levels: TaskThresholds | None
+) -> dict[str, Any]:
+    """A line of `moecl predict`: what answered is named as the server names it."""
+    scores = {label: rounded(score) for label, score in found.scores.items()}
+    line = {"label": found.label, "scores": scores, "task": record.name, "version": record.version}
+    if levels is not None:
+        line["decision"] = decide(levels, found.label, scores)
+    return line if true is None else {**line, "true": true}
+
+
+def only_task(store: "Store") -> str:
+    names = [record.name for record in store.tasks()]
+    if len(names) != 1:
+        raise TaskError(f"--task: which one? the tasks are: {', '.join(names) or 'none yet'}")
+    return names[0]
+
+
+def chunks(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Rows by the `size`; those before a faulty one still come, then its error."""
+    chunk: list[Any] = []
+    try:
+        for row in rows:
+            chunk.append(row)
+            if len(chunk) == size:
+                yield chunk
+                chunk = []
+    except MoECLError:
+        if chunk:
+            yield chunk
+        raise
+    if chunk:
+        yield chunk
+
+
+@contextmanager
+def lines_of(file: Path | None) -> Iterator[Iterator[bytes]]:
+    if file is None:
+        yield iter(sys.stdin.buffer)
+        return
+    if file.suffix == ".gz":
+        raise DataError(f"{file}: is packed; `gunzip -c {file} | moecl predict ...` answers its lines")
+    if file.suffix in TABLES:
+        raise DataError(f"{file}: a table, and lines are read; make it JSONL, a row a line, with the columns as keys")
+    try:
+        opened = file.open("rb")
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}; give a file of JSONL rows or plain lines") from error
+    with opened:
+        yield iter(opened)
