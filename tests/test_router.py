@@ -358,7 +358,7 @@ def test_eval_auto_and_the_report(run, topics, moecl):
 
 
 def test_compare_by_route(topics, run, moecl, tmp_path):
-    (tmp_path / "texts").write_text("movie story boring tea\nbattery screen phone love\n")
+    (tmp_path / "texts").write_text("\n".join([*texts(topics, "task0"), *texts(topics, "task1")]) + "\n")
     words = ("compare", topics / "run", run, "--general", tmp_path / "texts", "--json")
     base, routed = (json.loads(moecl(*words, *more)[1])["general"] for more in ((), ("--route", "auto")))
     assert routed["old"] == routed["new"]

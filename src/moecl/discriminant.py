@@ -6,10 +6,10 @@ m_t is the mean of task t's training rows, c the mean of these means, C the cova
 scatters of all tasks come to, shrunk towards its diagonal by the oracle-approximating amount (Chen, Wiesel, Eldar and
 Hero 2010, arXiv 0907.4698), taken of correlations, so that a feature's unit does not matter. How familiar a row is says
 the cosine, under C^-1, of x - c with the nearest m_t - c: rows of no task have no reason to point at one. And a row
-that lies farther from the mean of its likeliest task than one in a thousand of that task's rows is of no task at all.
+whose squared distance from its likeliest task's mean is MARGIN times what one in a thousand of its rows has is of none.
 
 Temperature and threshold need rows that the means were not taken of, and rows of no task. The first are drawn: around
-the mean of each task's validation rows, correlated as all of these are, as far away and as unevenly as its own are. The
+the mean of each task's validation rows, scattered as all of these are, as far away and as unevenly as its own are. The
 second are these, seen by a discriminant that lacks their own task.
 """
 
@@ -28,6 +28,7 @@ LEAST_DRAWN = 16
 TEMPERATURES = np.geomspace(0.25, 64.0, 49)
 LEAST_TASKS = 3  # below which leaving one out leaves nothing to tell apart
 FAR = 3.1  # standard deviations of the logarithms of a task's distances: one normal draw in a thousand is above
+MARGIN = 1.5  # times that squared distance: no task scatters quite as all together do
 
 
 @dataclass
@@ -104,14 +105,14 @@ def as_stored(numbers: Floats) -> Floats:
     return numbers.astype(np.float32).astype(np.float64)
 
 
-def oracle_shrinkage(correlations: Floats, freedom: int) -> float:
-    """How much of the off-diagonal is noise, where it was taken of so many rows; 1 without rows.
+def oracle_shrinkage(covariance: Floats, freedom: int) -> float:
+    """How much of a covariance of trace D is noise beside the identity, as so many rows tell it; 1 without rows.
 
     >>> oracle_shrinkage(np.eye(3), 100), round(oracle_shrinkage(np.full((3, 3), 0.9) + np.eye(3) * 0.1, 100), 3)
     (1.0, 0.024)
     """
-    width = len(correlations)
-    squares, most = float((correlations**2).sum()), float(width**2)
+    width = len(covariance)
+    squares, most = float((covariance**2).sum()), float(width**2)
     if freedom < 1 or squares <= width:
         return 1.0
     noise = (1 - 2 / width) * squares + most
@@ -127,6 +128,11 @@ class Whitener:
 
     def __call__(self, rows: NDArray[np.floating]) -> Floats:
         found: Floats = (rows / self.deviations) @ self.inverse.T
+        return found
+
+    def scatter(self, moments: Moments) -> Floats:
+        """How the rows behind `moments` scatter, in these coordinates [D, D]."""
+        found: Floats = self.inverse @ (moments.scatter / np.outer(self.deviations, self.deviations)) @ self.inverse.T
         return found
 
 
@@ -186,11 +192,11 @@ def calibrate(found: Discriminant, drawn: Sequence[Floats], false_accept: float)
 
 
 def reach_of(away: Floats) -> float:
-    """What almost no squared distance [n] of a task exceeds: they are log-normal. Infinite where they do not tell."""
+    """MARGIN times what almost no squared distance [n] of a task exceeds: they are log-normal. Infinite for one."""
     if len(away) < 2 or not away.all():
         return float("inf")
     logs = np.log(away)
-    return float(np.exp(logs.mean() + FAR * logs.std()))
+    return float(MARGIN * np.exp(logs.mean() + FAR * logs.std()))
 
 
 def surprise(scores: Sequence[Floats], temperature: float) -> float:
@@ -208,20 +214,30 @@ def log_shares(scores: Floats, temperature: float) -> Floats:
 
 
 class Drawn:
-    """Rows around 0 [n, D], scattered as the rows behind `moments`; the same ones for a task, whatever the others."""
+    """White rows around 0 [n, D], scattered as the rows behind `moments`; a task's do not depend on the others.
 
-    def __init__(self, moments: Moments, tasks: int) -> None:
+    Shrunk in white coordinates, where what few rows cannot tell is that all directions are alike. Towards a diagonal in
+    the features' own coordinates, few rows would look as if they scattered most where training rows hardly do.
+    """
+
+    def __init__(self, moments: Moments, white: Whitener, tasks: int) -> None:
         self.moments, draws = moments, np.random.default_rng(0)
         count = max(LEAST_DRAWN, DRAWN // tasks)
-        correlations, deviations = moments.correlations()
-        normal = draws.standard_normal((count, moments.width))
-        self.rows: Floats = (normal @ np.linalg.cholesky(correlations).T) * deviations
+        covariance = white.scatter(moments) / max(moments.freedom, 1)
+        size = float(np.trace(covariance)) / moments.width or 1.0
+        shrinkage = oracle_shrinkage(covariance / size, moments.freedom)
+        covariance = (1 - shrinkage) * covariance + shrinkage * size * np.eye(moments.width)
+        self.rows: Floats = draws.standard_normal((count, moments.width)) @ np.linalg.cholesky(covariance).T
         self.sizes = draws.standard_normal(count)
 
     def factors(self, task: str) -> Floats:
         """[n, 1]: what makes the rows lie as far away as the task's own, and as unevenly (log-normal)."""
-        pooled = np.trace(self.moments.scatter) / max(self.moments.freedom, 1)
-        scale = self.moments.powers[task] / pooled if pooled > 0 else 1.0
-        width = np.log1p(self.moments.spreads[task])
-        found: Floats = np.sqrt(scale * np.exp(self.sizes * np.sqrt(width) - width / 2))
+        moments, freedom = self.moments, max(self.moments.freedom, 1)
+        pooled = float(np.trace(moments.scatter)) / freedom
+        if pooled == 0:
+            return np.ones((len(self.sizes), 1))
+        squares = float((moments.scatter**2).sum()) / freedom**2 - pooled**2 / freedom  # less what is noise in them
+        gaussian = 2 * max(squares, 0.0) / pooled**2  # what normal rows of that covariance spread by themselves
+        width = max(np.log1p(moments.spreads[task]) - np.log1p(gaussian), 0.0)
+        found: Floats = np.sqrt(moments.powers[task] / pooled * np.exp(self.sizes * np.sqrt(width) - width / 2))
         return found[:, None]

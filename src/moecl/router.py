@@ -226,14 +226,13 @@ class Router:
     def _calibrate(self, false_accept: float) -> Calibration:
         """By rows drawn as its validation rows lie around their means; where there are none, as its training rows."""
         train, held = self.statistics.train, self.statistics.held
-        drawn = {id(one): Drawn(one, len(self.keys)) for one in (train, held) if one.freedom}
-        white = {one: self.whitener(rows.rows) for one, rows in drawn.items()}
+        drawn = {id(one): Drawn(one, self.whitener, len(self.keys)) for one in (train, held) if one.freedom}
         found = []
         for key in self.keys:
             moments = held if key in held.means and held.freedom else train
             mean = self.white(moments.means[key][None])
             rows = drawn.get(id(moments))
-            found.append(mean if rows is None else mean + white[id(moments)] * rows.factors(key))
+            found.append(mean if rows is None else mean + rows.rows * rows.factors(key))
         return calibrate(self.discriminant, found, false_accept)
 
 
