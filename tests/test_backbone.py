@@ -99,7 +99,8 @@ def test_a_mistyped_asset_is_not_sought_on_the_hub(monkeypatch):
         load_backbone("smollm2-135m")
 
 
-def test_a_name_that_is_nowhere():
+def test_a_name_that_is_nowhere(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it tries for a minute where there is no net
     with pytest.raises(BaseError, match=r"cannot load 'user/nothing-such'.*smollm2-135m-instruct"):
         load_backbone("user/nothing-such")
 
