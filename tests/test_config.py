@@ -347,7 +347,7 @@ def test_every_setting_is_described_once() -> None:
     assert len(keys) == len(set(keys))
     assert all(type_ and default and description for _, type_, default, description in rows)
     table = {key: tuple(rest) for key, *rest in rows}
-    assert table["train.lr"] == ("number above 0", "0.001", "peak learning rate of AdamW")
+    assert table["train.lr"] == ("number above 0", "0.002", "peak learning rate of AdamW")
     assert table["method.adapt_layers"][:2] == ("all | whole number, 1 or more", "all")
     assert table["train.threads"][:2] == ("whole number, 1 or more", "null")
     assert [key for key, _, default, _ in rows if default == "required"] == [

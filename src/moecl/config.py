@@ -166,7 +166,7 @@ class TrainConfig(Settings):
 
     epochs: int = Field(default=3, ge=1, description="passes over a task's training rows")
     batch_size: int = Field(default=16, ge=1, description="training rows a batch")
-    lr: float = Field(default=1e-3, gt=0, description="peak learning rate of AdamW")
+    lr: float = Field(default=2e-3, gt=0, description="peak learning rate of AdamW")
     max_length: int = Field(
         default=256, ge=16, description="tokens of the whole input, answer included; longer text is cut"
     )

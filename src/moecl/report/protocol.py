@@ -19,7 +19,7 @@ def tuning(bench: Bench) -> Iterator[Block]:
     for label, method in bench.methods.items():
         trials = method.tuned.trials if method.tuned else []
         best = max((trial.score for trial in trials if trial.score is not None), default=None)
-        chosen = settings(method.tuned.chosen) if method.tuned else "-"
+        chosen = (settings(method.tuned.chosen) if method.tuned.chosen else "as set") if method.tuned else "-"
         rows.append(
             [
                 label,
