@@ -179,6 +179,34 @@ def test_a_methods_cells_have_the_same_rows(tmp_path, tiny_folder, split):
     assert f"its {split} rows of task 'task1' are not those of moe-cl.stream.s0" in str(bench.cells[1].reason)
 
 
+def test_of_two_cells_with_other_rows_that_stays_which_was_done(tmp_path, tiny_folder):
+    config, out = tiny_bench(tmp_path, tiny_folder, seeds=[0, 1]), tmp_path / "out"
+    run_here(config, out, seeds=[1])
+    rows = tmp_path / "task1.test.jsonl"
+    whole = rows.read_text()
+    rows.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    for _ in range(2):  # it is not tried again, nor is the other blamed
+        bench, _ = run_here(config, out)
+        assert statuses(bench) == {"moe-cl.stream.s0": "failed", "moe-cl.stream.s1": "done"}
+    assert f"restore them, and remove {bench.cells[0].folder}, so that it is run again" in bench.cells[0].reason
+    rows.write_text(whole)
+    shutil.rmtree(bench.cells[0].folder)
+    assert set(statuses(run_here(config, out)[0]).values()) == {"done"}
+
+
+def test_a_bench_under_way_does_not_change_with_its_files(done):
+    file, out = done
+    bench, stream = Bench(load_bench(file), out), file.parent / "stream.yaml"
+    text = stream.read_text()
+    for changed in (text.replace("epochs: 1", "epochs: 2"), "tasks: ["):
+        stream.write_text(changed)
+        bench.save()
+        assert record(out)["protocol"]["train"]["epochs"] == 1
+    stream.write_text(text.replace("epochs: 1", "epochs: 2"))
+    with pytest.raises(RunError, match=r"train\.epochs is 2, it was 1"):
+        Bench(load_bench(file), out)
+
+
 def test_a_stopped_bench_goes_on(tmp_path, tiny_folder):
     class Stopped(Here):
         def ended(self, seconds: float) -> list[Ended]:
@@ -214,6 +242,16 @@ def test_keep_result(tmp_path, tiny_folder):
     [cell] = (tmp_path / "out" / "cells").iterdir()
     assert {path.name for path in cell.iterdir()} >= {"result.json", "config.yaml"}
     assert not (cell / "store").exists()
+
+
+def test_looking_at_a_bench_removes_nothing(done):
+    file, out = done
+    file.write_text(file.read_text() + "keep: result\n")
+    stores = list(out.glob("cells/*/store"))
+    Bench(load_bench(file), out)
+    assert all(path.is_dir() for path in stores)
+    run_here(load_bench(file), out)
+    assert [path for path in stores if path.exists()] == []
 
 
 def test_the_record_tells_all_and_names_no_path(done):
@@ -304,6 +342,19 @@ def test_a_choice_is_made_once(tmp_path, tiny_folder):
     less = write_bench(tmp_path, tiny_folder, tune={**TUNED, "trials": 1})
     with pytest.raises(RunError, match=r"tune of moe-cl\.trials has 1 entries, it had 2"):
         run_here(load_bench(less), tmp_path / "out")
+
+
+@pytest.mark.usefixtures("scored")
+def test_another_grid_is_tried_once_what_was_run_is_removed(tmp_path, tiny_folder):
+    out = tmp_path / "out"
+    run_here(tiny_bench(tmp_path, tiny_folder, tune=TUNED), out)
+    other = load_bench(write_bench(tmp_path, tiny_folder, tune={**TUNED, "search": {"train.lr": [0.02, 0.1]}}))
+    with pytest.raises(RunError, match="remove what was run so: trials/moe-cl/1"):
+        Bench(other, out)
+    for name in ("trials", "cells"):
+        shutil.rmtree(out / name)
+    assert run_here(other, out)[1].did == ["moe-cl.trial1", "moe-cl.trial2", "moe-cl.stream.s0"]
+    assert record(out)["methods"]["moe-cl"]["tuned"]["chosen"] == {"train.lr": 0.1}
 
 
 GROWN = {**TUNED, "trials": 4, "search": {"train.lr": [0.02, 0.05, 0.1, 0.2]}}

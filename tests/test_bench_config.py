@@ -68,6 +68,23 @@ def test_what_is_left_out():
     assert (config.name, config.orders, config.seeds, config.tune) == ("bench", {"stream": ["a", "b"]}, [0], None)
 
 
+def test_a_list_of_methods_may_hold_settings():
+    config = bench("stream: stream.yaml\nmethods: [moe-cl, {ewc: {strength: 10}}]\n")
+    assert config.methods == {"moe-cl": {}, "ewc": {"strength": 10}}
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ("[moe-cl, 3]", "bench.yaml:2: methods: 3 is no method; give its name, or name: {its settings}"),
+        ("[{moe-cl: {rank: 2}, ewc: {}}]", "methods: {'moe-cl': {'rank': 2}, 'ewc': {}} is no method"),
+        ("[ewc, ewc]", "bench.yaml:2: methods: 'ewc' is here twice; give them labels of their own"),
+    ],
+)
+def test_a_wrong_list_of_methods_is_refused(methods, said):
+    assert said in refusal(f"stream: stream.yaml\nmethods: {methods}\n")
+
+
 def test_cells_have_the_order_and_the_seed():
     cells = {cell.id: cell.stream for cell in Bench(bench(), Path("out")).cells}
     assert [*cells] == [f"{name}.order1.s{n}" for name in ("moe-cl", "no-discriminator", "slow") for n in (0, 1)]
@@ -138,6 +155,8 @@ def test_a_wrong_file_is_refused(old, new, said):
         ("trials: 3", "trials: 7", "tune.trials: 7, but method 'moe-cl' has 6 different settings to try"),
         ("train.lr: [2e-3,", "train.lr: [-2,", "method 'moe-cl': train.lr=-2: train.lr: -2 is out of range"),
         ("method.rank: [", "train.seed: [", "bench.yaml:9: tune.search: 'train.seed' cannot be searched"),
+        ("method.rank: [", "method.rnak: [", "tune.search: no method of this bench has 'method.rnak' (did you mean"),
+        ("train.epochs: 1", "method.rnak: 1", "tune.set: no method of this bench has 'method.rnak' (did you mean"),
         ("method.rank: [4, 16]", "train.epochs: []", "bench.yaml:9: tune.search: holds nothing; give map: key to list"),
         ("set:", "methods: {ewc: {}}, set:", "bench.yaml:9: tune.methods: no method 'ewc' here"),
         ("trials: 3, ", "", "tune.trials: is missing; add it (trials of each method"),

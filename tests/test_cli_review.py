@@ -159,6 +159,18 @@ def test_tasks_without_thresholds_are_skipped_with_a_word(tmp_path, say):
     assert "nothing to review (stories: a generation task" in say(run, "--task", "stories", status=2)
 
 
+def test_a_run_without_its_store_is_reviewed(own, say):
+    shutil.rmtree(own / "store")
+    (own / "predictions" / "task0.validation.jsonl").unlink()
+    assert "skipped task0: no predictions/task0.validation.jsonl" in say(own)
+
+
+def test_tasks_that_the_second_run_cannot_answer_for_are_told(tmp_path, say):
+    both = {name: {"validation": SURE, "test": SURE * 2} for name in ("t", "u")}
+    run, other = write_run(tmp_path / "a", both), write_run(tmp_path / "b", {"t": both["t"]})
+    assert "not compared: u: B has not learned it" in say(run, "--against", other)
+
+
 def test_without_matplotlib_the_rest_is_written(tiny, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["review", str(tiny)]) == 0

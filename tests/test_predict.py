@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from live import make_store
-from moecl import using
+from moecl import predict_lines
 from moecl.engine import Engine
 from moecl.generation import Sampling
 from moecl.model import MoECL
@@ -29,7 +29,7 @@ def by_word(monkeypatch):
     """Stands in for a router that was fitted."""
     unknown = Route(None, {"mood": 0.5, "write": 0.5}, 0.5)
     found = SimpleNamespace(tasks=["mood", "write"], route=lambda texts: [ROUTES.get(text, unknown) for text in texts])
-    monkeypatch.setattr(using, "router_of", lambda model, store: found)
+    monkeypatch.setattr(predict_lines, "router_of", lambda model, store: found)
 
 
 def lines(done) -> list[dict]:

@@ -106,6 +106,16 @@ def test_a_run_has_the_numbers_of_its_result(tmp_path):
         assert title in found.said
 
 
+def test_answers_may_hold_any_character(tmp_path):
+    run = write_run(tmp_path / "run", learned=True)
+    answer = {"row": 1, "label": "one\u2028two", "answer": "one\u2028two\x85", "scores": {}}
+    for which in ("learned", "test"):
+        line = json.dumps(answer, ensure_ascii=False) + "\n"
+        (run / "predictions" / f"amazon.{which}.jsonl").write_text(line, encoding="utf-8")
+    learned = {row[0]: row for row in page(make([run])).tables["Score when learned and after the last task"]}
+    assert learned["amazon"][6] == "0 lost, 0 won"
+
+
 def test_markdown_has_the_same_numbers(tmp_path, bench_report):
     for written in (bench_report, make([write_run(tmp_path / "run", loss=0.05)])):
         text = written.markdown.read_text().replace("\\", "").replace("**", "")
@@ -202,7 +212,7 @@ def test_a_close_race_is_called_so(tmp_path):
     said = page(make([folder])).said
     assert "moe-cl is not shown to be better" in said
     assert "is level with it (95% interval 0.0 to 0.0 points, p = 1)" in said
-    assert "Both ran one order only." in said
+    assert "They have one order in common." in said
 
 
 def altered(folder: Path, id: str, **changes) -> None:
@@ -239,6 +249,45 @@ def test_benches_that_are_trained_otherwise_stand_apart(tmp_path):
     written = make(parts, tmp_path / "two.html")
     assert len(written.headlines) == 2
     assert caption in page(written).tables
+
+
+def test_a_method_that_is_trained_otherwise_in_another_bench_stands_apart(tmp_path):
+    parts = [
+        write_bench(tmp_path / name, methods=("moe-cl",), orders=("order1",), seeds=(n,)) for n, name in enumerate("ab")
+    ]
+    for folder, lr in zip(parts, (1e-3, 2e-3), strict=True):
+        record = json.loads((folder / "bench.json").read_text())
+        record["protocol"]["train"].pop("lr")
+        record["methods"]["moe-cl"]["stream"] = {"head": "lm", "train": {"lr": lr, "epochs": 2}}
+        (folder / "bench.json").write_text(json.dumps(record))
+    assert len(make(parts, tmp_path / "two.html").headlines) == 2
+
+
+def test_one_protocol_of_two_benches_says_what_both_have(tmp_path):
+    parts = [write_bench(tmp_path / name, methods=(name,), orders=("order1",)) for name in ("moe-cl", "ewc")]
+    record = json.loads((parts[1] / "bench.json").read_text())
+    del record["protocol"]["train"]["epochs"], record["protocol"]["head"]
+    (parts[1] / "bench.json").write_text(json.dumps(record))
+    said = page(make(parts, tmp_path / "one.html")).tables["Common to all methods"]
+    assert ("train.lr", "0.002") in [tuple(row) for row in said]
+    assert not {"train.epochs", "head"} & {row[0] for row in said}
+
+
+def test_settings_from_before_they_were_known_are_told_as_they_were(tmp_path):
+    folder = write_bench(tmp_path / "b", methods=("moe-cl",), orders=("order1",), seeds=(0,))
+    [row] = page(make([folder])).tables["Settings of each method, where not the default"][1:]
+    assert "nested = False" in row[2]
+
+
+def test_tasks_of_any_order_are_shown(tmp_path):
+    folder = write_bench(tmp_path / "b", methods=("moe-cl",), orders=("order1",), seeds=(0,))
+    record = json.loads((folder / "bench.json").read_text())
+    record["orders"] = {"short": record["orders"]["order1"][:1], **record["orders"]}
+    (folder / "bench.json").write_text(json.dumps(record))
+    assert page(make([folder])).tables["Each task's score after the last task, means over cells"][0] == [
+        "method",
+        *TASKS,
+    ]
 
 
 def test_how_a_method_is_trained_is_told_where_it_is_its_own(tmp_path):

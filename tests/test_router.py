@@ -169,6 +169,7 @@ def test_what_lies_beyond_all_tasks_is_unknown_even_with_two(router, topics):
     assert two.calibration.threshold is None
     wide = known.mean(axis=0) + 50 * (known - known.mean(axis=0))
     assert all(one.task is None for one in two.routes(wide))
+    assert not router.accepts(router.familiar_without("task0", wide)).any(), "what is measured is what is done"
     assert np.mean([one.task is not None for one in two.routes(known)]) > 0.8
 
 
@@ -242,7 +243,8 @@ def test_a_run_without_it(topics, tmp_path, moecl):
     assert Router.load(MoECL.from_pretrained(run), store) is None
     status, out, said = moecl("predict", run, "--task", "auto", stdin="tea\n")
     assert (status, out) == (2, "")
-    assert "has no router statistics of task0, task1, task2; make them with `moecl router RUN --fit`" in said
+    assert f"{run}/store: has no router statistics of task0, task1, task2, which `auto` needs; make them with" in said
+    assert f"`moecl router {run} --fit`" in said
     assert "make them with --fit" in moecl("router", run)[1]
     assert "no router statistics yet; make them with --fit" in moecl("router", run, "--false-accept", "0.2")[2]
     before = Store.open(run / "store").manifest

@@ -18,6 +18,7 @@ from moecl.bench_record import (
     Job,
     Trial,
     changes_under,
+    filled,
     protocol,
     read_record,
     refuse,
@@ -129,12 +130,16 @@ class Bench:
 
     def _check_tune(self, label: str) -> None:
         """Once a trial or a cell is there, what was tried before must be tried now too; more may be."""
-        known, now = self._recorded(label).get("tune"), self._tune(label)
         jobs = [job for job in (*self.trials[label], *self.cells) if job.label == label and job.started()]
+        if jobs and self._recorded(label) and (changes := self._retuned(label)):
+            raise refuse(self.out, changes, jobs)
+
+    def _retuned(self, label: str) -> list[str]:
+        """How the trials of now differ from those recorded; more of them are no difference."""
+        known, now = self._recorded(label).get("tune"), self._tune(label)
         if known and now:
             now["trials"] = now["trials"][: len(known["trials"])]
-        if jobs and self._recorded(label) and (changes := differences(known, now, f"tune of {label}")):
-            raise refuse(self.out, changes, jobs)
+        return differences(known, now, f"tune of {label}")
 
     def _recorded(self, label: str) -> dict[str, Any]:
         """What bench.json said of a method when this bench was opened."""
@@ -194,14 +199,14 @@ class Bench:
             raise
 
     def _known_choice(self, label: str) -> dict[str, Any] | None:
-        """The choice of an earlier start, unless its grid grew, or the plain settings changed before a cell was run."""
+        """The choice of an earlier start, unless its grid, or (before a cell was run) a plain setting is another."""
         method = self._recorded(label)
         if self.config.tune is None or (known := method.get("tuned")) is None:
             return None
-        if len(known["trials"]) < len(self.trials[label]):
+        if len(known["trials"]) < len(self.trials[label]) or self._retuned(label):
             return None
         now = self._described(label, self.config.stream_of(label, known["chosen"]))
-        return dict(known) if self._begun(label) or method["stream"] == now else None
+        return dict(known) if self._begun(label) or filled(method["stream"]) == now else None
 
     def _take_up(self, trial: Trial) -> None:
         assert trial.stream is not None
@@ -228,7 +233,7 @@ class Bench:
             if changes := changes_under(cell, self.record, now, tasks):
                 raise refuse(self.out, changes, [one for one in self.cells if one.label == label and one.started()])
             cell.look()
-            self._after(cell)
+            self._take_in(cell)
 
     def _stream(self, label: str) -> StreamConfig:
         """A method's stream with the settings that were chosen; its own ones before."""
@@ -250,6 +255,8 @@ class Bench:
             if job.status == "failed" and job.result is None and not self._is_spoilt(job):
                 job.status = "waiting"
         with lock_file(self.out / LOCK), self._tidied(pool):
+            for job in (*self._all_trials(), *self.cells):
+                self._discard(job)
             self.save()
             while self._fill(pool, watcher):
                 for ended in pool.ended(TICK):
@@ -311,7 +318,9 @@ class Bench:
             job.look()
             if job.result is None and job.status == "waiting":
                 job.fail("it ended, but left no result.json; is the folder on storage that all workers see?")
-        self._after(job)
+        if isinstance(job, Cell):
+            self._take_in(job)
+        self._discard(job)
         if isinstance(job, Trial):
             self._go_on_with(job)
         self.save()
@@ -329,21 +338,26 @@ class Bench:
             for cell in cells:
                 cell.reason = f"its settings are not chosen: {trial.id} failed"
 
-    def _after(self, job: Job) -> None:
-        """What a finished job leaves to do: its weights may go, and what it trained is noted."""
-        if isinstance(job, Cell) and job.result is not None:
-            self._check_rows(job)
-        if job.result is None:
-            return
-        if self.config.keep == "result":
+    def _take_in(self, cell: Cell) -> None:
+        """Check a finished cell's rows, and note what it trained."""
+        if cell.result is not None:
+            self._check_rows(cell)
+        if cell.result is not None:
+            trained = {task: found.get("trained_parameters") for task, found in cell.result.details.items()}
+            self.parameters.setdefault(cell.label, trained)
+
+    def _discard(self, job: Job) -> None:
+        """Remove a finished job's weights, where none are wanted."""
+        if job.result is not None and self.config.keep == "result":
             for name in ("store", "checkpoints"):
                 shutil.rmtree(job.folder / name, ignore_errors=True)
-        if isinstance(job, Cell):
-            trained = {task: found.get("trained_parameters") for task, found in job.result.details.items()}
-            self.parameters.setdefault(job.label, trained)
 
     def _check_rows(self, cell: Cell) -> None:
-        """Cells are compared row by row, so all are tested on the same rows; and a method's are trained on the same."""
+        """Cells are compared row by row, so all are tested on the same rows; and a method's are trained on the same.
+
+        Of two that differ the one that was done before stays.
+        """
+        known = {one["id"] for one in self.record.get("cells", []) if one["status"] == "done"}
         for other in self.cells:
             if other is cell or other.result is None or cell.result is None:
                 continue
@@ -356,9 +370,13 @@ class Bench:
                     if name in same & theirs.keys() and splits[name].sha256 != theirs[name].sha256
                 ]
                 if changed:
-                    cell.result = None
-                    cell.fail(f"its {changed[0]} rows of task {task!r} are not those of {other.id}; restore them")
-                    return
+                    wrong, right = (other, cell) if cell.id in known and other.id not in known else (cell, other)
+                    wrong.result = None
+                    wrong.fail(
+                        f"its {changed[0]} rows of task {task!r} are not those of {right.id}; restore them, and remove "
+                        f"{wrong.folder}, so that it is run again"
+                    )
+                    break
 
     # What is told
 

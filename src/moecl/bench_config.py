@@ -1,5 +1,6 @@
 """A bench file: methods x orders x seeds over one stream. Every key is described here, once."""
 
+import copy
 import json
 import os
 import re
@@ -8,13 +9,22 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.config import JsonDict
 
 from moecl import _raw, _yaml
 from moecl._explain import Setting, explain, problem, settings
 from moecl._yaml import Document, show
-from moecl.config import StreamConfig, load_stream
+from moecl.config import StreamConfig, load_stream, stream_in
 from moecl.errors import ConfigError, near
 from moecl.method_config import method_names, method_settings
 
@@ -125,11 +135,13 @@ class BenchConfig(_Keys):
         default="all", description="of a finished cell: everything, or all but its store and checkpoints"
     )
 
+    _read: Document | None = PrivateAttr(None)
+
     @field_validator("methods", mode="before")
     @classmethod
     def _by_label(cls, value: Any) -> Any:
         if isinstance(value, list):
-            value = {name: {} for name in value if isinstance(name, str)}
+            value = _labelled(value)
         if not isinstance(value, Mapping):
             return value
         return {label: {} if given is None else given for label, given in value.items()}
@@ -157,9 +169,13 @@ class BenchConfig(_Keys):
         fields = {
             f"method.{field}" for label in self.methods for field in method_settings(self.method(label)).model_fields
         }
-        for key in self.set:
-            if key.startswith("method.") and not any(key == one or key.startswith(f"{one}.") for one in fields):
-                raise problem(f"no method of this bench has {show(key)}{near(key, fields)}; remove it", "set", key)
+        for_all: list[tuple[tuple[str, ...], Mapping[str, Any]]] = [(("set",), self.set)]
+        if self.tune:
+            for_all += [(("tune", "set"), self.tune.set), (("tune", "search"), self.tune.search)]
+        for at, changes in for_all:
+            for key in changes:
+                if key.startswith("method.") and not any(key == one or key.startswith(f"{one}.") for one in fields):
+                    raise problem(f"no method of this bench has {show(key)}{near(key, fields)}; remove it", *at, key)
         for label in self.tune.methods if self.tune else ():
             if label not in self.methods:
                 raise problem(f"no method {show(label)} here{near(label, self.methods)}", "tune", "methods", label)
@@ -178,7 +194,7 @@ class BenchConfig(_Keys):
 
     def unused_settings(self) -> str:
         """What the stream's own `method` sets, in words: it is for no method of a bench."""
-        method = load_stream(self.stream).method
+        method = self._stream([]).method
         own, plain = method.model_dump(), type(method)().model_dump()
         return ", ".join(f"{key}: {value}" for key, value in own.items() if value != plain[key])
 
@@ -198,9 +214,28 @@ class BenchConfig(_Keys):
         ]
         pairs = chain.from_iterable(layer.items() for layer in layers)
         try:
-            return load_stream(self.stream, [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in pairs])
+            return self._stream([f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in pairs])
         except ConfigError as error:
             raise ConfigError(f"method {show(label)}: {str(error).removeprefix('--set ')}") from None
+
+    def _stream(self, overrides: Iterable[str]) -> StreamConfig:
+        """The stream file is read once: a bench under way does not change with it."""
+        if self._read is None:
+            self._read = _yaml.read(self.stream)
+        return stream_in(copy.deepcopy(self._read), self.stream, overrides)
+
+
+def _labelled(given: list[Any]) -> dict[str, Any]:
+    """Methods in a list: names, or a name with its settings each."""
+    found: dict[str, Any] = {}
+    for index, item in enumerate(given):
+        own = {item: None} if isinstance(item, str) else item
+        if not isinstance(own, dict) or len(own) != 1:
+            raise problem(f"{show(item)} is no method; give its name, or name: {{its settings}}", index)
+        if (label := str(*own)) in found:
+            raise problem(f"{show(label)} is here twice; give them labels of their own (label: {{name: ...}})", index)
+        found |= own
+    return found
 
 
 def _own_changes(label: str, given: Mapping[str, Any]) -> dict[str, Any]:

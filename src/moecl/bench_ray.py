@@ -29,14 +29,16 @@ class Cluster:
             raise ConfigError(f"--ray {address}: {message}; give the address of a running cluster, or local") from None
         self.ray = ray
         has = ray.cluster_resources()
-        self.cores = int(has.get("CPU", 1))
-        self.slots = jobs or sum(node["Alive"] for node in ray.nodes())
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self.slots = jobs or len(nodes)
+        self.widest = int(max(node.get("CPU", 1) for node in nodes))  # a cell runs on one node, or waits forever
+        self.cores = min(int(has.get("CPU", 1)), self.widest * self.slots)
         self.gpus = min(1.0, has.get("GPU", 0.0) / self.slots)  # without a share Ray hides the GPUs from a task
         self.running: dict[Any, tuple[str, Work]] = {}
 
     def start(self, id: str, work: Work) -> None:
         # A worker of its own for each, which ends with it; the bench itself decides what is tried again.
-        options = {"num_cpus": work.threads, "num_gpus": self.gpus, "max_calls": 1, "max_retries": 0}
+        options = {"num_cpus": min(work.threads, self.widest), "num_gpus": self.gpus, "max_calls": 1, "max_retries": 0}
         # The workers have working directories of their own.
         given = asdict(work) | {key: os.path.abspath(getattr(work, key)) for key in ("folder", "news", "log")}
         self.running[self.ray.remote(**options)(do).remote(given)] = id, work

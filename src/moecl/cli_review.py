@@ -69,8 +69,8 @@ def review(
         raise ConfigError("--device: is for --rescore; the rows are scored already")
     target = Target.of(precision, confidence)
     pairs, skipped = gathered(run, validation, test, tasks or [], device if rescore else None)
-    second = None if against is None else of_run(against, [], not_as_tested(against))[0]
-    thresholds, found = reviewed(pairs, target, skipped, second)
+    second, left_out = (None, {}) if against is None else of_run(against, [], not_as_tested(against))
+    thresholds, found = reviewed(pairs, target, skipped, second, left_out)
     names = [path.resolve().name for path in (run or Path("files"), against) if path is not None]
     folder = output or (run / "review" if run else None)
     missing = [] if folder is None else write(folder, thresholds, found, names)

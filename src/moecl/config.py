@@ -327,7 +327,13 @@ def load_stream(path: str | Path, overrides: Iterable[str] = (), recorded: bool 
     Raises:
         ConfigError: one line with the file, the line and the key.
     """
-    document = _yaml.read(path)
+    return stream_in(_yaml.read(path), path, overrides, recorded)
+
+
+def stream_in(
+    document: Document, path: str | Path, overrides: Iterable[str] = (), recorded: bool = False
+) -> StreamConfig:
+    """The stream of a file that was read before; `load_stream` tells the rest. Changes the document."""
     _raw.require_mapping(document)
     for setting in overrides:
         _raw.override(document, setting)

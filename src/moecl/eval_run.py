@@ -56,6 +56,8 @@ def with_rows(run: Path, store: "Store", config: "StreamConfig", split: str, wat
 
 def rescorable(run: Path, moved: Iterable[str]) -> list[str]:
     """Of tasks that do not answer as they were tested those whose rows can be answered anew: no retired, no deleted."""
+    if not (run / "store").is_dir():
+        return []
     named = {task.name for task in RunFolder(run).config().tasks if task.validation and task.test}
     records = [one for one in open_store(run).tasks() if one.name in moved and one.task.kind == "classification"]
     return [one.name for one in records if one.name in named]

@@ -153,9 +153,9 @@ def lines_of(file: Path | None) -> Iterator[Iterator[bytes]]:
     if file is None:
         yield iter(sys.stdin.buffer)
         return
-    if file.suffix == ".gz":
-        raise DataError(f"{file}: is packed; `gunzip -c {file} | moecl predict ...` answers its lines")
-    if file.suffix in TABLES:
+    if file.suffix.lower() == ".gz":
+        raise DataError(f"{file}: is packed, and lines are read; `gunzip -k {file}` unpacks it")
+    if file.suffix.lower() in TABLES:
         raise DataError(f"{file}: a table, and lines are read; make it JSONL, a row a line, with the columns as keys")
     try:
         opened = file.open("rb")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final, Literal
 
 import numpy as np
@@ -174,6 +175,7 @@ class Against(Strict):
 
     tasks: dict[str, Change]
     total: Change
+    skipped: dict[str, str] = Field(default_factory=dict, description="task of A -> why B does not answer for it")
 
 
 TaskReviews = Mapping[str, TaskReview]
@@ -227,10 +229,13 @@ def review(
     target: Target,
     skipped: Mapping[str, str] | None = None,
     against: Mapping[str, Pair] | None = None,
+    left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Thresholds, Review]:
     """Thresholds from the validation rows of every task, and what they come to on its test rows.
 
-    `against` is a second run, reviewed with the same target. Raises DataError where its test rows are others.
+    `against` is a second run, reviewed with the same target; `left_out` its tasks that are not, and why.
+
+    Raises DataError where its test rows are others.
     """
     fitted = {name: fit(pair.validation, target, pair.parts) for name, pair in pairs.items()}
     measured = {name: measure(fitted[name], pair.test) for name, pair in pairs.items()}
@@ -242,6 +247,10 @@ def review(
         seen=[name for name, pair in pairs.items() if pair.validation.sha256 == pair.test.sha256],
         against=None if against is None else paired(pairs, fitted, measured, against, target),
     )
+    if found.against is not None:
+        missing = [name for name in pairs if name not in found.against.tasks]
+        skipped = {name: left_out.get(name, "B has not learned it") for name in missing}
+        found = found.model_copy(update={"against": found.against.model_copy(update={"skipped": skipped})})
     return Thresholds(target=target, tasks=fitted), found
 
 

@@ -78,7 +78,9 @@ def _collected(lines: Iterable[tuple[str, Row]], file: str) -> Scored | None:
         if labels is None:
             labels = _labels(row, where)
         elif set(row.scores) != set(labels):
-            raise DataError(f"{where}: scores: are of {_listed(row.scores)}, those before of {_listed(labels)}")
+            raise DataError(
+                f"{where}: scores: are of {_listed(row.scores)}, those before of {_listed(labels)}; give one task's"
+            )
         true, given = row.pair(where)
         if labels:
             _check_label(where, "the true label", true, labels)
@@ -117,7 +119,7 @@ def _labels(row: Row, where: str) -> tuple[str, ...]:
 def _check_label(where: str, what: str, label: str, labels: tuple[str, ...]) -> None:
     if label not in labels:
         raise DataError(
-            f"{where}: {what} {label!r} has no score{near(label, labels)}; the labels are {_listed(labels)}"
+            f"{where}: {what} {label!r} has no score{near(label, labels)}; the labels are {_listed(labels)}: correct it"
         )
 
 

@@ -46,6 +46,8 @@ def notes(review: Review) -> list[str]:
     below = [f"below the target on test rows: {', '.join(missed)}"] if missed else []
     if review.seen:
         below.append(f"flattered, as the test rows are the validation rows: {', '.join(review.seen)}")
+    if review.against:
+        below += [f"not compared: {name}: {reason}" for name, reason in review.against.skipped.items()]
     return below + [f"skipped {name}: {reason}" for name, reason in review.skipped.items()]
 
 

@@ -205,15 +205,21 @@ class Router:
 
     def see(self, features: Floats32) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Of features [n, D] the shares [n, tasks], and how familiar each text is [n]."""
-        white = self.white(features)
-        scores, familiar = self.discriminant.see(white)
+        scores, familiar = self._within(self.discriminant, self.white(features), self.calibration.reach)
+        return np.exp(log_shares(scores, self.calibration.temperature)), familiar
+
+    def _within(
+        self, found: Discriminant, white: NDArray[np.float64], reach: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Scores, and how familiar, which is NOWHERE beyond the reach [tasks] of the likeliest task."""
+        scores, familiar = found.see(white)
         nearest = scores.argmax(axis=1)
-        beyond = self.discriminant.away(white, nearest) > self.calibration.reach[nearest]
-        return np.exp(log_shares(scores, self.calibration.temperature)), np.where(beyond, NOWHERE, familiar)
+        return scores, np.where(found.away(white, nearest) > reach[nearest], NOWHERE, familiar)
 
     def familiar_without(self, task: str, features: Floats32) -> NDArray[np.float64]:
         """[n]: how familiar texts would be, had `task` not been learned. For three tasks and more."""
-        return self.discriminant.without(task).see(self.white(features))[1]
+        white, others = self.white(features), [place for place, one in enumerate(self.tasks) if one != task]
+        return self._within(self.discriminant.without(task), white, self.calibration.reach[others])[1]
 
     def accepts(self, familiar: NDArray[np.float64]) -> NDArray[np.bool_]:
         """[n]: whether a text is taken to be for one of the tasks."""

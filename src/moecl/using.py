@@ -91,8 +91,10 @@ def router_of(model: "MoECL", store: "Store") -> "Router":
     known = () if router is None else router.tasks
     if router is None or len(known) < len(store.tasks()):
         missing = ", ".join(one.name for one in store.tasks() if one.name not in known) or "any task"
+        run = store.path.parent if store.path.name == "store" else store.path
         raise RunError(
-            f"--task auto: {store.path} has no router statistics of {missing}; make them with `moecl router RUN --fit`"
+            f"{store.path}: has no router statistics of {missing}, which `auto` needs; make them with "
+            f"`moecl router {run} --fit`"
         )
     return router
 

@@ -21,7 +21,8 @@ def headline(found: Sequence[Standing]) -> str:
     on = f" on the {several(rival.cells, 'cell')} that both have" if rival.cells < len(first.results) else ""
     gap = f"{score(first.mean)} average accuracy; {rival.other.label}, the closest rival, is {_side(rival.mean)}{on}"
     if rival.sure is None:
-        return f"{first.label} leads with {gap}. {NO_ITEMS} {_orders(first, rival)}"
+        has = "leads with" if rival.mean >= 0 else "has"
+        return f"{first.label} {has} {gap}. {NO_ITEMS} {_orders(first, rival)}"
     verdict = f"{gap} (95% interval {_points(rival.sure)}, p = {p_value(rival.sure.p)}). {_orders(first, rival)}"
     if rival.sure.low > 0:
         behind = [str(seed) for seed, gap in rival.by_seed.items() if gap <= 0]
@@ -52,7 +53,7 @@ def _orders(first: Standing, rival: Comparison) -> str:
     ahead = [order for order, one in known.items() if one.mean > 0]
     clear = [order for order in ahead if (sure := known[order].sure) is not None and sure.low > 0]
     if len(known) < 2:
-        return "Both ran one order only."
+        return "They have one order in common."
     counted = f"{'each' if len(ahead) == len(known) else len(ahead)} of {len(known)} orders"
     outside = f", with an interval above 0 in {len(clear) or 'none'}" if any(one.sure for one in known.values()) else ""
     return f"It leads in {counted}{outside}."

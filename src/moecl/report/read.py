@@ -10,11 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moecl._yaml import dotted
 from moecl.errors import RunError
+from moecl.method_config import method_names, method_settings
 from moecl.results import Result
 from moecl.routing import Routing
 from moecl.run_folder import BENCH, RESULT, RunFolder
 
 SCHEMA = 1
+
+ASKED = ("kind", "instruction", "labels", "metric", "head", "max_length")  # of a task: how it is read and scored
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ class Bench(_Open):
     results: dict[str, Result] = Field(default_factory=dict)
 
     def tasks(self) -> list[str]:
-        return list(next(iter(self.orders.values()), []))
+        """Those of any order, as the first has them."""
+        return list(dict.fromkeys(task for order in self.orders.values() for task in order))
 
 
 def read(folder: Path) -> Run | Bench:
@@ -122,7 +126,7 @@ def _moved(folder: Path, task: str) -> Moved | None:
 def _right(path: Path) -> list[bool]:
     """Whether each row of a file of predictions was answered right."""
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
         try:
             row = json.loads(line)
             found.append(row["label"].strip() == row["answer"].strip())
@@ -139,6 +143,8 @@ def _read_bench(folder: Path) -> Bench:
         raise RunError(f"{path}: cannot be read ({error}); restore it, or run the bench again") from None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise RunError(f"{path}: schema: is not {SCHEMA}, which this moecl reads; upgrade moecl or run the bench again")
+    for method in found["methods"].values() if isinstance(found.get("methods"), dict) else ():
+        _fill(method)
     try:
         bench = Bench.model_validate(found)
     except ValidationError as error:
@@ -158,6 +164,13 @@ def _read_bench(folder: Path) -> Bench:
     return bench.model_copy(update={"cells": cells, "results": results})
 
 
+def _fill(method: Any) -> None:
+    """Give a method the settings that were not known when its bench was started, as they were in effect."""
+    if isinstance(method, dict) and method.get("method") in method_names() and isinstance(method.get("settings"), dict):
+        for key, value in method_settings(method["method"]).unrecorded.items():
+            method["settings"].setdefault(key, value)
+
+
 def merged(benches: Sequence[Bench]) -> list[Bench]:
     """Benches of the same base, tasks, rows and training as one; the others stay as they are."""
     groups: list[list[Bench]] = []
@@ -169,13 +182,30 @@ def merged(benches: Sequence[Bench]) -> list[Bench]:
 
 def _alike(a: Bench, b: Bench) -> bool:
     """Whether their cells may stand in one table; what only some methods of a bench have is no protocol of it."""
-    if a.base != b.base or {*a.tasks()} != {*b.tasks()}:
+    if a.base != b.base or len({*_bases(a), *_bases(b)}) > 1 or {*a.tasks()} != {*b.tasks()}:
         return False
     trains = [bench.protocol.get("train", {}) for bench in (a, b)]
     if any(trains[0][key] != trains[1][key] for key in trains[0].keys() & trains[1].keys()):
         return False
+    both = [(a.methods[label], b.methods[label]) for label in a.methods.keys() & b.methods.keys()]
+    if any(_learns(one) != _learns(other) for one, other in both if one.stream and other.stream):
+        return False
     rows = [_rows(bench) for bench in (a, b)]
     return all(rows[0][key] == rows[1][key] for key in rows[0].keys() & rows[1].keys())
+
+
+def _bases(bench: Bench) -> set[str]:
+    """The digests of the bases that its cells learned on; folders of one name may hold two."""
+    bases = [result.environment.get("base") for result in bench.results.values()]
+    return {base["sha256"] for base in bases if isinstance(base, Mapping) and "sha256" in base}
+
+
+def _learns(method: MethodOfBench) -> dict[str, Any]:
+    """How a method's cells are trained and read, beside its own settings."""
+    stream = method.stream
+    train = {key: value for key, value in stream.get("train", {}).items() if key not in ("seed", "threads")}
+    read_as = {task["name"]: [task.get(key) for key in ASKED] for task in stream.get("tasks", [])}
+    return {"train": train, "head": stream.get("head"), "tasks": read_as}
 
 
 def _rows(bench: Bench) -> dict[tuple[str, str], str]:
@@ -189,12 +219,10 @@ def _merge(benches: Sequence[Bench]) -> Bench:
     """All cells once: of those with the same id the first that is done."""
     orders: dict[str, list[str]] = {}
     methods: dict[str, MethodOfBench] = {}
-    protocol: dict[str, Any] = {}
     for bench in benches:
         _add(orders, bench.orders, "order")
         _add(methods, bench.methods, "method")
         methods |= {label: method for label, method in bench.methods.items() if methods[label].tuned is None}
-        protocol = {**bench.protocol, **protocol}
     results = {id: result for bench in reversed(benches) for id, result in bench.results.items()}
     cells = {cell.id: cell for bench in reversed(benches) for cell in bench.cells if cell.id not in results}
     done = {cell.id: cell for bench in reversed(benches) for cell in bench.cells if cell.status == "done"}
@@ -205,10 +233,23 @@ def _merge(benches: Sequence[Bench]) -> Bench:
         orders=orders,
         seeds=sorted({seed for bench in benches for seed in bench.seeds}),
         methods=methods,
-        protocol=protocol,
+        protocol=_protocol([bench.protocol for bench in benches]),
         cells=[(cells | done)[id] for id in ids],
         results=results,
     )
+
+
+def _protocol(of: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all have in common; rows and adapted layers of any."""
+    found = _common(of) | {"train": _common([one.get("train", {}) for one in of])}
+    for key in ("adapt_layers", "rows"):
+        if united := {name: value for one in reversed(of) for name, value in one.get(key, {}).items()}:
+            found[key] = united
+    return found
+
+
+def _common(of: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in of[0].items() if all(key in one and one[key] == value for one in of)}
 
 
 def _add(found: dict[str, Any], more: Mapping[str, Any], what: str) -> None:
