@@ -14,14 +14,14 @@ from typing import Any
 from measure import met, run
 from moecl.report.bench import sections
 from moecl.report.page import Figure, Page, Section, markdown
-from moecl.report.read import Bench, read
+from moecl.report.read import Bench, merged, read
 from moecl.review_measure import Change, Review
 from moecl.review_tables import against_table, slipped_most
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 MARK = "<!-- {}{} -->"
-BENCHES = ("mtl5", "compliance3", "ablations")
+BENCHES = (("mtl5", "mtl5-third-seed"), ("compliance3",), ("ablations",))  # those of a group are one
 QUALITY = ("", "Methods", "Who is ahead", "By task", "What was tuned")  # of a bench's report; the rest is its protocol
 
 Result = dict[str, Any]
@@ -118,10 +118,12 @@ def machines(results: Sequence[Result]) -> Iterator[str]:
 
 def quality(folder: Path = RESULTS / "quality") -> str:
     """What `moecl report` says of each bench that has a finished cell, and what reviews of its cells came to."""
-    folders = [folder / name for name in BENCHES if (folder / name / "bench.json").is_file()]
-    found = {where: read(where) for where in folders}
-    benches = {where: bench for where, bench in found.items() if isinstance(bench, Bench) and bench.results}
-    parts = [part for where, bench in benches.items() for part in (of_bench(bench), "\n".join(reviews(where)))]
+    parts = []
+    for group in BENCHES:
+        folders = [folder / name for name in group if (folder / name / "bench.json").is_file()]
+        found = [bench for where in folders if isinstance(bench := read(where), Bench) and bench.results]
+        parts += [of_bench(bench) for bench in merged(found)]
+        parts += ["\n".join(reviews(where)) for where in folders]
     return "\n\n".join(filter(None, parts)) or "Nothing is measured yet."
 
 
