@@ -93,6 +93,11 @@ def test_what_cannot_be_loaded_is_one_line(tiny_folder, tmp_path, how):
     assert how != "a weight less" or "lacks 1 of the weights of a LlamaForCausalLM (model.layers" in message
 
 
+def test_a_folder_of_ones_own(tiny_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(tiny_folder.parent))
+    assert load_backbone(f"~/{tiny_folder.name}").id == f"~/{tiny_folder.name}"
+
+
 def test_a_mistyped_asset_is_not_sought_on_the_hub(monkeypatch):
     monkeypatch.setattr(backbone.AutoModelForCausalLM, "from_pretrained", None)
     with pytest.raises(BaseError, match=r"^base: no asset 'smollm2-135m' \(did you mean 'smollm2-135m-instruct'\?\)$"):

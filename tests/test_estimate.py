@@ -12,8 +12,19 @@ from moecl.course import Course, Watcher
 from moecl.data import derived
 from moecl.data.encode import Encoded
 from moecl.data.task import load_task_data
-from moecl.estimate import COPIES, kept_bytes, padded, passes, rows_tested, scratch_batch, starts_tried, survey
-from moecl.method_config import MoECLConfig
+from moecl.errors import ConfigError
+from moecl.estimate import (
+    COPIES,
+    cells_tested,
+    kept_bytes,
+    padded,
+    passes,
+    rows_tested,
+    scratch_batch,
+    starts_tried,
+    survey,
+)
+from moecl.method_config import JointConfig, MoECLConfig
 from moecl.methods import make_method
 from moecl.nn.lora import Geometry
 from moecl.router import Features
@@ -84,6 +95,22 @@ def test_rows_tested(evaluate, cells):
     course = Course(config.tasks[0], test=(None, [row(5)] * 10))
     assert [rows_tested(config, place, course) for place in range(3)] == [10 * count for count in cells]
     assert rows_tested(config, 0, replace(course, test=None)) == 0
+
+
+def test_what_is_not_answered_is_not_counted():
+    task = stream(3).tasks[0]
+    joint = stream(3).model_copy(update={"method": JointConfig()})
+    assert [cells_tested(joint, place, task) for place in range(3)] == [2, 2, 2]
+    head = task.model_copy(update={"head": "classifier"})
+    assert [cells_tested(stream(3), place, head) for place in range(3)] == [3, 2, 1]
+
+
+def test_check_refuses_what_training_refuses(tmp_path, tiny_folder):
+    path = write_stream(tmp_path, tiny_folder, rows=8, method={"name": "replay"})
+    with pytest.raises(ConfigError, match="replay trains on rows of several tasks at once"):
+        survey(load_stream(path, ["head=classifier"]), Watcher())
+    with pytest.raises(ConfigError, match="is more than the base's 256 positions"):
+        survey(load_stream(path, ["train.max_length=100000"]), Watcher())
 
 
 def test_passes():

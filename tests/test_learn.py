@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moecl.config import StreamConfig, TaskConfig, load_stream, load_task
-from moecl.errors import BusyError, ConfigError, DataError, RunError, TaskError, TrainingError
+from moecl.config import StreamConfig, Task, TaskConfig, load_stream, load_task
+from moecl.errors import BusyError, ConfigError, DataError, RunError, StoreError, TaskError, TrainingError
 from moecl.methods.moe_cl import MoECLMethod
 from moecl.model import MoECL
 from moecl.results import Result
@@ -158,6 +158,7 @@ def test_r_never_mixes_two_versions(run, tmp_path):
     column = [row[place] for row in result.R]
     assert column[place + 1 : -1] == [None] * (len(column) - place - 2), "of version 2"
     assert column[-1] is not None, "of version 1"
+    assert "drift" not in result.details["task0"], "from version 2 to version 1"
 
 
 def test_live_tasks_go_on_moving(tmp_path, tiny_folder):
@@ -186,6 +187,19 @@ def test_names_that_do_not_fit(run, tmp_path, name, replace, message):
     assert (run / "result.json").read_bytes() == before
 
 
+def test_paths_of_python_are_from_where_it_was_started(run, tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = new(Path("n"))
+    assert not Path(made.train).is_absolute()
+    learn(run, made)
+    config = load_stream(write_stream(tmp_path / "s", tiny_folder, tasks=1, rows=16, train=TRAIN))
+    tasks = [one.model_copy(update={"train": "s/task0.train.jsonl"}) for one in config.tasks]
+    ContinualTrainer(config.model_copy(update={"tasks": tasks}), "first").run()
+    monkeypatch.chdir(tmp_path / "n")
+    assert RunFolder(run).config().tasks[-1].train == str(tmp_path / "n" / "new.train.jsonl")
+    assert RunFolder(tmp_path / "first").config().tasks[0].train == str(tmp_path / "s" / "task0.train.jsonl")
+
+
 def test_names_that_differ_in_case_only(run, tmp_path):
     with pytest.raises(ConfigError, match="differs in case only"):
         learn(run, new(tmp_path / "n", "TASK0"))
@@ -204,6 +218,28 @@ def test_joint_learns_no_more_and_stays_finished(tmp_path, tiny_folder):
     with pytest.raises(RunError, match="joint learns all tasks at once; run the stream again elsewhere"):
         learn(tmp_path / "run", new(tmp_path / "n"))
     assert contents(tmp_path / "run").items() - before.items() == {(".lock", contents(tmp_path / "run")[".lock"])}
+
+
+def test_each_method_goes_on_with_its_own(tmp_path, tiny_folder):
+    for router in (True, False):
+        method = {"name": "per-task-lora", "rank": 2}
+        path = write_stream(tmp_path / f"s{router}", tiny_folder, tasks=1, rows=16, method=method, train=TRAIN)
+        config = load_stream(path, [f"router={router}"])
+        ContinualTrainer(config, tmp_path / f"run{router}").run()
+        model = MoECL.from_pretrained(tmp_path / f"run{router}")
+        with pytest.raises(StoreError, match="was learned by per-task-lora; `moecl learn` goes on with that"):
+            model.add_task(Task(name="more", kind="classification", labels=["a", "b"]))
+
+
+def test_joint_tells_of_no_drift(tmp_path, tiny_folder):
+    path = write_stream(tmp_path / "s", tiny_folder, rows=16, method={"name": "joint", "rank": 2}, train=TRAIN)
+    notes = Notes()
+    ContinualTrainer(load_stream(path), tmp_path / "run", notes).run()
+    assert not [note for note in notes.notes if "drift" in note]
+    assert {path.name for path in (tmp_path / "run" / "predictions").glob("*.learned.jsonl")} == {
+        "task0.learned.jsonl",
+        "task1.learned.jsonl",
+    }
 
 
 def test_a_run_in_use(run, tmp_path):

@@ -90,6 +90,7 @@ def plain(result: Result) -> dict[str, Any]:
 
 def same(found: Result, expected: Result, run: Path, unkilled: Path) -> None:
     assert plain(found) == plain(expected)
+    assert found.seconds >= sum(one["seconds"] for one in found.details.values()) - 1e-6, "a killed task's are lost"
     assert predictions(run) == predictions(unkilled)
     store = Store.open(run / "store")
     assert store.verify() == []

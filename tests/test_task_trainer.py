@@ -166,6 +166,18 @@ def test_each_group_has_its_rate(tmp_path, monkeypatch):
     assert rates == pytest.approx([0.002, 0.01, 0.03])
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_every_schedule_warms_up(tmp_path, monkeypatch, schedule):
+    rates, real = [], torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *args: rates.append(self.param_groups[-1]["lr"]) or real(self, *args)
+    )
+    Trial(MoECLConfig(rank=2, lora_A_lr=1), epochs=4, schedule=schedule, warmup_ratio=0.5).learn(tmp_path)
+    assert rates[0] == 0
+    assert rates[1] < max(rates) == pytest.approx(0.01)
+    assert rates == sorted(rates) or schedule != "constant"
+
+
 def test_several_gpus_are_not_used_at_once(tmp_path, monkeypatch):
     """Rows spread over replicas would lose the call that says which task they are of."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

@@ -40,7 +40,7 @@ def _explain(cause: OSError, path: Path) -> str:
         return f"{path}: the disk is full; what was saved before is intact: free some space and run it again"
     if cause.errno in _FORBIDDEN:
         return f"{path}: not writable ({cause.strerror}); change its permissions or choose another folder"
-    return f"{path}: {cause.strerror or cause}"
+    return f"{path}: {cause.strerror or cause}; choose another folder"
 
 
 def sync_folder(path: Path) -> None:

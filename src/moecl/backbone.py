@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,8 +37,8 @@ def load_backbone(name: str, precision: str = "fp32", device: str = "cpu", progr
 
     No remote code is run, and no weight is made up: a base that lacks one is refused.
     """
-    source = assets.resolve_base(name, progress=progress) if assets.is_asset(name) else name
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+    source = assets.resolve_base(name, progress=progress) if assets.is_asset(name) else os.path.expanduser(name)
+    if name.startswith((".", "/", "~")) and not Path(source).is_dir():
         raise BaseError(
             f"base: {name}: no such folder; restore it, or give a hub id or an asset: {', '.join(assets.models())}"
         )

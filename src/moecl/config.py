@@ -381,6 +381,18 @@ def _validated(model: type[_Config], document: Document) -> _Config:
         raise explain(error, settings(model, model.chosen(document.data)), document) from None
 
 
+def anchored(config: StreamConfig) -> StreamConfig:
+    """A stream made in Python, its relative paths from the working folder of now, as a run goes on from any."""
+    return stream_in(_yaml.parse(dump_stream(config), "stream"), Path.cwd() / "stream.yaml")
+
+
+def anchored_task(task: TaskConfig) -> TaskConfig:
+    """The same of one task."""
+    document = Document(f"task {task.name!r}", task.model_dump())
+    _raw.resolve_sources(document, (), Path.cwd())
+    return TaskConfig.model_validate(document.data)
+
+
 def dump_stream(config: StreamConfig) -> str:
     """YAML that `load_stream` reads back to an equal config; what is null is left out."""
     data = config.model_dump(exclude_none=True)

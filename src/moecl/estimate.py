@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from moecl._sizes import EXPERT_MEMORY
 from moecl.backbone import load_backbone
 from moecl.bank import Entry
-from moecl.config import StreamConfig
+from moecl.config import StreamConfig, Task
 from moecl.course import Course, Watcher
 from moecl.data.check import describe
 from moecl.data.derived import Derived
@@ -34,7 +34,7 @@ from moecl.model import MoECL
 from moecl.prefix import Prefixes
 from moecl.router import MOST_ROWS, Features, Statistics
 from moecl.session import asked_for, texts
-from moecl.settled import attach, attach_method, resolve
+from moecl.settled import attach, attach_method, check_heads, resolve, trackers
 from moecl.start import BATCH, ROWS, Starts
 from moecl.store import encode
 from moecl.task_trainer import Learner
@@ -52,6 +52,7 @@ def survey(config: StreamConfig, watcher: Watcher) -> dict[str, Any]:
     data = [load_task_data(task) for task in config.tasks]  # faults in data show before the base is loaded
     config = resolve(config, watcher)
     train = config.train
+    trackers(train.report_to, watcher)
     torch.set_num_threads(train.threads or torch.get_num_threads())
     process = taken_bytes(torch.device("cpu")) if train.device == "cpu" else 0
     backbone = load_backbone(config.base, train.precision, train.device, watcher.fetching)
@@ -59,6 +60,9 @@ def survey(config: StreamConfig, watcher: Watcher) -> dict[str, Any]:
     engine = Engine(model, batch_tokens=train.eval_batch_tokens)
     tokens = Derived("tokens", TOKEN_BYTES, watcher.note)
     courses = [course(one, config, engine, tokens) for one in data]
+    check_heads(config, [one.task for one in courses])
+    for one in courses:
+        model.check_fits(one.task)
     found = [
         describe(replace(one, task=of.task), engine.encoder(of.task)) for one, of in zip(data, courses, strict=True)
     ]
@@ -194,7 +198,10 @@ def prefix_savings(
     share = model.injected.below / model.geometry.num_layers
     for place, (course, seconds) in enumerate(zip(courses, answering, strict=True)):
         if Engine(model).reads_once(course.task):
-            for scored, times in ((course.validation, passes(config)), (course.test, cells_tested(config, place))):
+            for scored, times in (
+                (course.validation, passes(config)),
+                (course.test, cells_tested(config, place, course.task)),
+            ):
                 rows = scored[1] if scored else []
                 read += [row.input_ids for row in rows if times]
                 spared += share * seconds * len(rows) * max(times - 1, 0)
@@ -230,11 +237,15 @@ def rows_validated(config: StreamConfig, course: Course) -> int:
 
 def rows_tested(config: StreamConfig, place: int, course: Course) -> int:
     """Test rows of task `place` over all rows of R."""
-    return cells_tested(config, place) * len(course.test[1]) if course.test else 0
+    return cells_tested(config, place, course.task) * len(course.test[1]) if course.test else 0
 
 
-def cells_tested(config: StreamConfig, place: int) -> int:
-    return sum(asked_for(config, number, place) for number in range(len(config.tasks) + 1))
+def cells_tested(config: StreamConfig, place: int, task: Task) -> int:
+    """Rows of R in which a task is answered: with a head of its own not before it is learned."""
+    last = len(config.tasks)
+    rows = (0, last) if config.method.learns_together else range(last + 1)
+    first = last if config.method.learns_together else place + 1
+    return sum(asked_for(config, row, place) for row in rows if row >= first or task.head != "classifier")
 
 
 def padded(rows: Sequence[Encoded], config: StreamConfig) -> tuple[int, int]:

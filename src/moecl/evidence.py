@@ -31,10 +31,15 @@ class Evidence:
     """Keeps the answers of learned tasks in the run's folder, and what they come to in its progress."""
 
     def __init__(
-        self, folder: RunFolder, progress: Progress, tasks: Sequence[str], note: Callable[[str], None]
+        self,
+        folder: RunFolder,
+        progress: Progress,
+        tasks: Sequence[str],
+        note: Callable[[str], None],
+        together: bool = False,
     ) -> None:
         self.folder, self.progress, self.note = folder, progress, note
-        self.learned_at = {name: place + 1 for place, name in enumerate(tasks)}
+        self.learned_at = {name: len(tasks) if together else place + 1 for place, name in enumerate(tasks)}
 
     def tested(self, row: int, name: str, answers: Answers | None) -> None:
         """A learned task's test rows in `row` of R; None where there are none, or none any more."""

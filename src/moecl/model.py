@@ -24,7 +24,7 @@ from moecl.backbone import (
     resolve_precision,
     weights_sha256,
 )
-from moecl.bank import Bank, Entry, carried, check_same_base, find, fitting, settings_of, store_in
+from moecl.bank import OURS, Bank, Entry, carried, check_same_base, find, fitting, settings_of, store_in
 from moecl.config import Task
 from moecl.errors import BaseError, ConfigError, StoreError, TaskError
 from moecl.method_config import MoECLConfig
@@ -121,6 +121,7 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         if task.kind == "classification" and not task.labels:
             raise TaskError(f"task {task.name!r}: labels are needed; give Task(labels=[...])")
         self.check_fits(task)
+        self._check_method()
         self.finish_task()
         self._take_up()
         if self.learner is None:
@@ -143,6 +144,13 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
                 f"task {task.name!r}: head: classifier does not fit this base, whose last layer gives {width} numbers "
                 f"and not {self.geometry.hidden_size}; use head: lm"
             )
+
+    def _check_method(self) -> None:
+        """Raises StoreError where another method has learned the tasks: what it keeps to learn on is its own."""
+        if (store := self.bank.store) is None or not store.manifest.tasks:
+            return
+        if (method := store.manifest.tasks[-1].settings.get("method", OURS)) != OURS:
+            raise StoreError(f"{store.path}: was learned by {method}; `moecl learn` goes on with that")
 
     def _new_learner(self) -> GatedLearner:
         return GatedLearner(self.geometry, self.config, self.seed).to(self.device)

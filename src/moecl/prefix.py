@@ -93,9 +93,11 @@ def each_alone(
     """`compute` of each row, one intra-op thread each; on a processor as many at once as there are threads."""
     threads = torch.get_num_threads()
     at_once = threads if device.type == "cpu" else 1
-    with ThreadPoolExecutor(at_once, initializer=partial(torch.set_num_threads, 1)) as pool:
-        yield from pool.map(compute, rows)
-    torch.set_num_threads(threads)  # each thread has a number of its own, but what new ones start with is shared
+    try:
+        with ThreadPoolExecutor(at_once, initializer=partial(torch.set_num_threads, 1)) as pool:
+            yield from pool.map(compute, rows)
+    finally:  # each thread has a number of its own, but what new ones start with is shared
+        torch.set_num_threads(threads)
 
 
 def prefixes(

@@ -20,7 +20,7 @@ from moecl.data.task import TaskData, load_task_data, overlaps, read_split, text
 from moecl.data.tokens import MOST_BYTES as TOKEN_BYTES
 from moecl.data.tokens import encode_split
 from moecl.engine import Engine
-from moecl.errors import ConfigError, DataError, RunError
+from moecl.errors import AssetError, DataError, RunError
 from moecl.evaluate import Answers, answer_task, prompts
 from moecl.evidence import Evidence
 from moecl.methods.base import Finished, Method
@@ -28,7 +28,7 @@ from moecl.prefix import prefixes
 from moecl.results import Items, Result, SplitInfo
 from moecl.router import KeptFeatures, Statistics
 from moecl.run_folder import RunFolder
-from moecl.settled import attach, attach_method, resolve, trackers
+from moecl.settled import attach, attach_method, check_heads, resolve, trackers
 from moecl.start import Start, Starts
 from moecl.store import ROUTER, Store, TaskRecord
 from moecl.task_trainer import Learned, learn_task
@@ -55,7 +55,10 @@ class Session:
         self.courses = [  # faults in data first
             self._read(task, learned.get(task.name), newest.get(task.name, 0)) for task in self.config.tasks
         ]
-        self.evidence = Evidence(folder, self.progress, [task.name for task in self.config.tasks], watcher.note)
+        together = self.config.method.learns_together
+        self.evidence = Evidence(
+            folder, self.progress, [task.name for task in self.config.tasks], watcher.note, together
+        )
         backbone = load_backbone(config.base, train.precision, train.device, watcher.fetching)
         assert backbone.tokenizer is not None
         self.tokenizer = backbone.tokenizer
@@ -66,7 +69,7 @@ class Session:
         self.starts = Starts(self._engine)
         self.tokens = Derived("tokens", TOKEN_BYTES, watcher.note)
         self.statistics: Statistics | None = None
-        self._check_rows()
+        check_heads(self.config, [course.task for course in self.courses])
         for course in self.courses:
             self._encode(course)
         self.model.train()
@@ -102,21 +105,13 @@ class Session:
         course.test = self._read_again(config, course.task, "test", "tested")
         return course
 
-    def _check_rows(self) -> None:
-        """Raises where rows of several tasks would meet in a batch that must not."""
-        method = self.config.method
-        if method.keeps_rows and any(course.task.head == "classifier" for course in self.courses):
-            raise ConfigError(
-                f"method: {method.name} trains on rows of several tasks at once, which need one head; set head: lm"
-            )
-
     def _read_again(self, config: TaskConfig, task: Task, name: str, what: str) -> Scored | None:
         source = getattr(config, name)
         if source is None:
             return None
         try:
             split = read_split(source, task, getattr(config.limit, name), name)
-        except DataError as error:
+        except (AssetError, DataError) as error:
             self.watcher.note(f"task {task.name}: not {what} any more ({error})")
             return None
         before = self.progress.data.get(task.name, {}).get(name, {}).get("sha256")
@@ -194,10 +189,10 @@ class Session:
         progress.resumed += resumed
         if resumed:
             self.watcher.note(f"going on: {len(self.model.bank)} of {len(self.courses)} tasks are learned")
-        earlier = progress.seconds
+        self.earlier = progress.seconds
         for number in range(len(self.courses) + 1):
             if self._advance(number):
-                progress.seconds = earlier + time.monotonic() - self.started
+                progress.seconds = self.earlier + time.monotonic() - self.started
                 self.folder.save_progress(vars(progress))
         return self._finish()
 
@@ -243,6 +238,8 @@ class Session:
             tell=lambda step, steps, figures: self.watcher.training(course.name, step, steps, figures),
             trackers=[make(self.folder, course.name) for make in self.trackers],
         )
+        self.earlier += learned.earlier  # of the process that was killed while it learned this
+        self.progress.seconds = self.earlier + time.monotonic() - self.started
         seconds = (learned.earlier + time.monotonic() - begun) / len(courses)
         for one in courses:
             self.progress.details[one.name] = details(learned) | {

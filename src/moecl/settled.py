@@ -1,13 +1,13 @@
 """What a stream's settings come to on this machine: devices and sizes, model and method, trackers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 
 import torch
 from transformers import TrainerCallback
 
 from moecl.backbone import Backbone, resolve_device, resolve_precision
-from moecl.config import StreamConfig
+from moecl.config import StreamConfig, Task
 from moecl.course import Watcher
 from moecl.errors import ConfigError
 from moecl.method_config import MoECLConfig
@@ -52,6 +52,14 @@ def attach_method(model: MoECL, config: StreamConfig) -> Method:
     method = make_method(config.method, model.geometry, config.train.seed, model.injected)
     method.state.to(model.device)
     return method
+
+
+def check_heads(config: StreamConfig, tasks: Iterable[Task]) -> None:
+    """Raises ConfigError where rows of several tasks would meet in a batch that must not."""
+    if config.method.keeps_rows and any(task.head == "classifier" for task in tasks):
+        raise ConfigError(
+            f"method: {config.method.name} trains on rows of several tasks at once, which need one head; set head: lm"
+        )
 
 
 def trackers(names: Sequence[str], watcher: Watcher) -> list[Callable[[RunFolder, str], TrainerCallback]]:

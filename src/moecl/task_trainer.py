@@ -358,7 +358,7 @@ def learn_task(
         per_device_train_batch_size=train.batch_size,
         gradient_accumulation_steps=train.gradient_accumulation_steps,
         learning_rate=train.lr,
-        lr_scheduler_type=train.schedule,
+        lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule,
         warmup_steps=train.warmup_ratio,
         max_grad_norm=0.0,  # Guard clips each group
         save_steps=train.save_steps,

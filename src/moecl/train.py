@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moecl._sizes import EXPERT_MEMORY, parse_size
-from moecl.config import StreamConfig, TaskConfig
+from moecl.config import StreamConfig, TaskConfig, anchored, anchored_task
 from moecl.course import Progress, Watcher
 from moecl.data.task import TaskData, load_task_data
-from moecl.errors import ConfigError, DataError, RunError, TaskError, TrainingError, near
-from moecl.evidence import without_row
+from moecl.errors import AssetError, BaseError, ConfigError, DataError, RunError, TaskError, TrainingError, near
+from moecl.evidence import predictions, without_row
 from moecl.results import Result
 from moecl.run_folder import RunFolder
 from moecl.session import Session
@@ -33,7 +33,7 @@ class ContinualTrainer:
         watcher: Watcher | None = None,
         expert_memory: int | str = EXPERT_MEMORY,
     ) -> None:
-        self.asked, self.folder, self.watcher = config, RunFolder(folder), watcher or Watcher()
+        self.asked, self.folder, self.watcher = anchored(config), RunFolder(folder), watcher or Watcher()
         self.expert_memory = parse_size(expert_memory, "expert_memory")
 
     def run(self) -> Result:
@@ -81,6 +81,7 @@ def learn(
     Raises TaskError for a name that is taken (or, with `replace`, is not), RunError for an unfinished run.
     """
     run, watcher, memory = RunFolder(folder), watcher or Watcher(), parse_size(expert_memory, "expert_memory")
+    task = anchored_task(task)
     if not run.exists():
         run.config()
     with run.lock():
@@ -92,7 +93,8 @@ def learn(
         assert result is not None
         if (method := config.method).learns_together:  # before the run is reopened
             raise RunError(f"{run.path}: {method.name} learns all tasks at once; run the stream again elsewhere (-o)")
-        progress = reopened(result, task.name, rolled_back(run, result))
+        changed = rolled_back(run, result)
+        progress = reopened(result, task.name, changed)
         if replace:
             progress.versions[task.name] = known_version(run, result.tasks, task.name) + 1
             progress.superseded |= last_score(run, result, task.name)
@@ -104,6 +106,8 @@ def learn(
         extended = StreamConfig(**{**fields, "tasks": tasks})
         load_task_data(task)  # a fault in the new data must not reopen the run
         run.reopen(extended, vars(progress), result)
+        for one in changed:  # of the version that does not answer any more
+            predictions(run.path, one, "learned").unlink(missing_ok=True)
         return learn_newest(run, extended, watcher, memory, resumed=False)
 
 
@@ -111,7 +115,7 @@ def learn_newest(run: RunFolder, config: StreamConfig, watcher: Watcher, memory:
     """Learn what is left; an error that would come again makes the run the finished one that it was."""
     try:
         return Session(config, run, watcher, memory).learn_all(resumed)
-    except (ConfigError, DataError, TrainingError):
+    except (AssetError, BaseError, ConfigError, DataError, TrainingError):
         if not has_newest(run):
             run.undo_reopen()
         raise
@@ -170,6 +174,8 @@ def reopened(result: Result, name: str, changed: Sequence[str] = ()) -> Progress
             row[place] = None
     data = {task: {split: info.model_dump() for split, info in found.items()} for task, found in result.data.items()}
     kept = {task: dict(found) for task, found in result.details.items() if task != name}
+    for task in kept.keys() & {*changed}:
+        kept[task].pop("drift", None)
     if name in result.tasks:
         place = result.tasks.index(name)
         kept = {task: without_row(found, place + 1) for task, found in kept.items()}

@@ -54,6 +54,8 @@ BROKEN = [  # file, content, what the error says after the file's name
     ("a.jsonl", "{}", ":1: text: the row has no such field, only none at all"),
     ("a.jsonl", '{"text": "x"}', ":1: label: the row has no such field, only text"),
     ("a.jsonl", '{"text": null, "label": "positive"}', ":1: text: null; fill it in"),
+    ("a.jsonl", '{"text": "x", "label": NaN}', ":1: label: nan is not a label; give positive, negative"),
+    ("a.jsonl", '{"text": NaN, "label": "positive"}', ":1: text: nan is of type float, not a string"),
     ("a.jsonl", '{"text": "x", "label": null}', ":1: label: null; fill it in"),
     ("a.jsonl", '{"text": " \\n", "label": "positive"}', ":1: text: the text is empty"),
     ("a.jsonl", '{"text": 5, "label": "positive"}', ":1: text: 5 is of type int, not a string"),

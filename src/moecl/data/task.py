@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -328,6 +329,8 @@ def _label_forms(value: Any) -> list[str]:
     if isinstance(value, int):
         return [str(value)]
     if isinstance(value, float):
+        if not math.isfinite(value):  # a gap, as pandas writes it
+            return []
         return [str(int(value)), str(value)] if value.is_integer() else [str(value)]
     return []
 
@@ -382,7 +385,7 @@ def _check_unicode(where: str, name: str, value: str) -> None:
 
 
 def _is_scalar(value: Any) -> bool:
-    return isinstance(value, str | bool | int | float)
+    return isinstance(value, str | bool | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _text_form(value: Any) -> str:

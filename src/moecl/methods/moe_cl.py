@@ -72,7 +72,7 @@ class MoECLMethod(Method):
         return {name: parts for name, parts in found.items() if parts is not None}
 
     def tried(self, task: Task, old: int, known: int) -> int:
-        never_change = self.config.experts == "task" or self.config.retention == "exact"
+        never_change = self.config.experts == "task" or (self.config.retention, self.config.gate) == ("exact", "task")
         return 1 + min(old - known if never_change else old, STARTS) if self._offers(task) and old else 0
 
     def _offers(self, task: Task) -> bool:

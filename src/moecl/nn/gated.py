@@ -84,7 +84,8 @@ class GatedLearner(nn.Module):
 
     def like(self, old: Parts) -> Parts | None:
         """What a task starts as from the finished `old` one: exactly as that one answers, its copy of the shared expert
-        included; with retention `live` beside the shared expert of now. None where it has no expert of this rank.
+        included; with retention `live` beside the shared expert of now, with one gate for all by that of now. None
+        where it has no expert of this rank.
         """
         modules = old.modules()
         task, gate, shared = (modules.get(self._task), self.gate or modules.get("gate"), modules.get("shared"))
