@@ -158,6 +158,7 @@ def test_out_of_memory(error):
     message, status = terminal.explain(error)
     assert status == 2
     assert message.startswith("out of memory: lower train.batch_size")
+    assert "train." not in terminal.explain(error, "predict")[0]
 
 
 def test_a_fault_of_ours_is_one_line_too(capsys, monkeypatch):

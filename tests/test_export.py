@@ -213,6 +213,9 @@ def test_what_no_lora_can_hold():
     headed = Gated(headed.shared, headed.task, headed.gate, headed.scale, nn.Linear(32, 2, bias=False))
     with pytest.raises(TaskError, match="'a': answers with a classifier head, which no LoRA holds"):
         one_lora(engine, Entry(TASK, headed), ROWS)
+    with pytest.raises(TaskError, match="'a': answers with a classifier head, which no LoRA holds"):
+        one_expert(Entry(TASK, headed))
+    assert one_expert(Entry(TASK, headed), "shared").lora is headed.shared, "which is no task's"
     with pytest.raises(ConfigError, match="--expert: 'both' is none of task, shared"):
         one_expert(entry, "both")
 

@@ -77,6 +77,19 @@ def test_a_loaded_model_learns_on(tiny_folder, tmp_path, retention, gate):
     assert torch.equal(model(**tiny_batch(), task="a").logits, before) == (retention == "exact")
 
 
+def test_a_stores_parts_are_one_in_a_batch_and_take_gradients(tiny_folder, tmp_path):
+    _, path = stored(tiny_folder, tmp_path)
+    again = MoECL.from_pretrained(path)
+    one, other = again.bank["a"].parts, again.bank["a"].parts
+    assert one is not other
+    call = again.call_with([one, other, one])
+    assert (len(call.parts), call.rows) == (1, None)
+    with torch.inference_mode():  # as an engine does, which may be the first to ask
+        fresh = MoECL.from_pretrained(path)
+        parts = fresh.bank["a"].parts
+    assert not any(p.is_inference() for module in parts.own_modules() for p in module.parameters())
+
+
 def test_saving_leaves_the_open_task_open(tiny_folder, tmp_path):
     model, _ = stored(tiny_folder, tmp_path)
     model.add_task(task("c"))

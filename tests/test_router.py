@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from moecl.cli import main
 from moecl.config import Task, load_stream
@@ -247,6 +248,11 @@ def test_a_run_without_it(topics, tmp_path, moecl):
     assert f"`moecl router {run} --fit`" in said
     assert "make them with --fit" in moecl("router", run)[1]
     assert "no router statistics yet; make them with --fit" in moecl("router", run, "--false-accept", "0.2")[2]
+    text, config = (run / "config.yaml").read_text(), yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"tasks": config["tasks"][1:]}))
+    status, _, said = moecl("router", run, "--fit")
+    assert (status, "task 'task0' has no train rows in" in said) == (2, True)
+    (run / "config.yaml").write_text(text)
     before = Store.open(run / "store").manifest
     assert moecl("router", run, "--fit")[0] == 0
     after = Store.open(run / "store").manifest

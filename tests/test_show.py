@@ -30,6 +30,11 @@ def result(names: list[str], **fields) -> Result:
     )  # fmt: skip
 
 
+def test_labels_are_no_markup():
+    row = {"task": "a", "metric": "accuracy", "score": 0.5, "rows": 2, "per_class_recall": {"[spam]": 0.5, "[/b]": 1.0}}
+    assert "[spam] 0.500, [/b] 1.000" in shown(show_scores, [row])[-1]
+
+
 def test_a_result_that_fits():
     lines = shown(show_result, result(["news", "reviews"], resumed=1), "runs/x")
     assert lines[1].split() == ["after", "news", "reviews"]

@@ -240,7 +240,8 @@ class Bank(MutableMapping[str, Entry]):
         digest = record.parts[part]
 
         def load() -> nn.Module:
-            with fitting(f"{store.path}: task {record.name!r}"):
+            # Whoever asks first; a later call may want gradients of what goes through them.
+            with torch.inference_mode(False), fitting(f"{store.path}: task {record.name!r}"):
                 return from_tensors(self.geometry, part, store.read_again(digest)).to(self._like)
 
         read_as = part if part in ("gate", "head", "keys", "weights") else "expert"

@@ -69,10 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except typer.Abort:  # at a question
+        status = 130
     except Exception as error:
         if len(words) < len(given):
             traceback.print_exc()
-        message, status = explain(error)
+        message, status = explain(error, words[0] if words else "")
         complain(message)
     if status == 130:
         complain("stopped" + ("; the same command goes on" if words[0] in GOES_ON else ""))
@@ -323,7 +325,12 @@ def init(
         raise RunError(f"{file}: no folder {file.parent}; make it first")
     with one_line(file), file.open("x", encoding="utf-8") as target:
         target.write(text)
-    err.print(f"{file} written: name your data in it, then `moecl check {file}`", highlight=False, soft_wrap=True)
+    err.print(
+        f"{file} written: name your data in it, then `moecl check {file}`",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 @app.command(cls=Command, epilog="moecl check stream.yaml\nmoecl check stream.yaml --set train.max_length=128")

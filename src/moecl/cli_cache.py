@@ -55,7 +55,7 @@ def cache_list(as_json: AsJson = False) -> None:
     for name, path, taken, more in found:
         print(f"{name}  {size(taken)}  {more}  {path}")
     if not found:
-        err.print(f"nothing in {cache_dir()}; `moecl fetch` fills it", highlight=False, soft_wrap=True)
+        err.print(f"nothing in {cache_dir()}; `moecl fetch` fills it", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command("clear", cls=Command, epilog="moecl cache clear\nmoecl cache clear prefix")
@@ -77,4 +77,9 @@ def cache_clear(
     for kind in derived.KINDS:
         if kind in wanted:
             derived.clear(kind)
-    err.print(f"cleared {', '.join(names) if names else 'all'} in {cache_dir()}", highlight=False, soft_wrap=True)
+    err.print(
+        f"cleared {', '.join(names) if names else 'all'} in {cache_dir()}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )

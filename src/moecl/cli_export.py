@@ -62,8 +62,8 @@ def export(
         parity, note = exported(run, task, output, kind, expert, most, device)
     if parity is not None:
         show(parity)
-        if 1 - parity.agreement > most:
-            differ = f"{1 - parity.agreement:.1%} of the answers differ, --max-disagreement is {most:.1%}"
+        if parity.disagreement > most:
+            differ = f"{parity.disagreement:.1%} of the answers differ, --max-disagreement is {most:.1%}"
             say(err, f"moecl: refused: {differ}; allow more, or write one expert exactly with --as peft-expert")
             return REFUSED
     if note:

@@ -335,27 +335,31 @@ class Engine:
         with self._run(call):
             output = self.model.base(**inputs, use_cache=True)
         first = output.logits.log_softmax(-1)  # (B, V)
-        paths = [self.trie(request.encoder).paths for request in batch]
-        pairs = [(row, path) for row, own in enumerate(paths) for path in own]
+        tries = [self.trie(request.encoder) for request in batch]
+        pairs = [(row, *pair) for row, trie in enumerate(tries) for pair in zip(trie.paths, trie.reads, strict=True)]
         followed = iter(self._follow(call, inputs["attention_mask"], output.past_key_values, pairs))
         return [
-            choose(request, self.trie(request.encoder).scores(first[row], [next(followed) for _ in paths[row]]))
-            for row, request in enumerate(batch)
+            choose(request, trie.scores(first[row], [next(followed) for _ in trie.paths]))
+            for row, (request, trie) in enumerate(zip(batch, tries, strict=True))
         ]
 
     def _follow(
-        self, call: Call, prompts: Tensor, cache: Any, pairs: Sequence[tuple[int, tuple[int, ...]]]
+        self,
+        call: Call,
+        prompts: Tensor,
+        cache: Any,
+        pairs: Sequence[tuple[int, tuple[int, ...], Iterable[tuple[int, int]]]],
     ) -> list[Tensor]:
-        """For each (row, path): log p after each token of the path [len(path), V], run on the row's cached prompt.
+        """For each (row, path, reads): log p of each (depth, token) of `reads`, run on the row's cached prompt.
 
         prompts [B, T] is the attention mask of what `cache` holds.
         """
         found: list[Tensor] = []
-        step = max(1, self.batch_tokens // (prompts.shape[1] + max(len(path) for _, path in pairs)))
+        step = max(1, self.batch_tokens // (prompts.shape[1] + max(len(path) for _, path, _ in pairs)))
         for start in range(0, len(pairs), step):
             some, last = pairs[start : start + step], start + step >= len(pairs)
-            paths = [path for _, path in some]
-            rows = torch.tensor([row for row, _ in some], device=prompts.device)
+            paths = [path for _, path, _ in some]
+            rows = torch.tensor([row for row, _, _ in some], device=prompts.device)
             prompt, ids = prompts[rows], padded_paths(paths).to(prompts.device)
             positions = prompt.sum(dim=1, keepdim=True) + torch.arange(ids.shape[1], device=prompts.device)
             own = cache if last else copy.deepcopy(cache)
@@ -368,7 +372,9 @@ class Engine:
                     past_key_values=own,
                     use_cache=True,
                 ).logits
-            found += [one[: len(path)].log_softmax(-1) for one, path in zip(logits, paths, strict=True)]
+            for one, (_, path, reads) in zip(logits, some, strict=True):
+                depths, tokens = torch.tensor([*reads], device=one.device).T
+                found.append(one[: len(path)].log_softmax(-1)[depths, tokens])
         return found
 
     def _write(self, batch: Sequence[Request], max_new_tokens: int | None) -> list[Prediction]:

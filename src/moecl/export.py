@@ -42,17 +42,26 @@ EXPERTS = ("task", "shared")
 class Parity:
     """How far a stand-in's answers are from the task's own, on its validation rows.
 
-    `agreement`: the share of rows with the same answer. `score`, `exact_score`: the stand-in's and the task's own, by
+    `differ`: rows with another answer. `score`, `exact_score`: the stand-in's and the task's own, by
     the task's metric. `largest_logit_gap`: over the whole vocabulary, at every position of the true answers.
     `task_weight`: layer -> what stands in the gate's place; none where there was no gate.
     """
 
     rows: int
-    agreement: float
+    differ: int
     score: float | None
     exact_score: float | None
     largest_logit_gap: float
     task_weight: dict[int, float]
+
+    @property
+    def disagreement(self) -> float:
+        """The share of rows with another answer, exact: 1 less the agreement is not."""
+        return self.differ / self.rows
+
+    @property
+    def agreement(self) -> float:
+        return (self.rows - self.differ) / self.rows
 
 
 def one_expert(entry: Entry, which: str | None = None) -> Sum:
@@ -61,6 +70,8 @@ def one_expert(entry: Entry, which: str | None = None) -> Sum:
     The task's expert of a nested one comes with the shared one that it adds to, as one LoRA of both ranks.
     """
     parts = entry.parts
+    if which != "shared":
+        refuse_head(entry)
     if isinstance(parts, Gated):
         if which not in (None, *EXPERTS):
             raise ConfigError(f"--expert: {which!r:.60} is none of {', '.join(EXPERTS)}")
@@ -75,11 +86,15 @@ def one_expert(entry: Entry, which: str | None = None) -> Sum:
     raise no_lora(entry)
 
 
+def refuse_head(entry: Entry) -> None:
+    if entry.parts.head is not None:
+        raise TaskError(f"task {entry.name!r}: answers with a classifier head, which no LoRA holds; use head: lm")
+
+
 def one_lora(engine: Engine, entry: Entry, rows: Sequence[Example]) -> tuple[Sum, Parity]:
     """A whole task as one LoRA, and how far it is from it on `rows`. Raises TaskError where a task cannot be one."""
     parts = entry.parts
-    if parts.head is not None:
-        raise TaskError(f"task {entry.name!r}: answers with a classifier head, which no LoRA holds; use head: lm")
+    refuse_head(entry)
     if not isinstance(parts, Gated | Sum):
         raise no_lora(entry)
     prompts, gates = engine.prompts(entry.task, rows), GateUse()
@@ -88,10 +103,10 @@ def one_lora(engine: Engine, entry: Entry, rows: Sequence[Example]) -> tuple[Sum
     lora = averaged(parts, weights) if isinstance(parts, Gated) else Sum(parts.lora, parts.scale)
     stand_in = Entry(entry.task, lora, entry.name)
     given = _answers(engine, stand_in, prompts)
-    agreement = sum(one == other for one, other in zip(exact, given, strict=True)) / len(rows)
+    differ = sum(one != other for one, other in zip(exact, given, strict=True))
     true, score = [row.label or (row.completion or "").strip() for row in rows], ANSWER_METRICS[entry.task.metric]
     gap = largest_gap(engine, entry, stand_in, engine.encoder(entry.task).encode(rows))
-    return lora, Parity(len(rows), agreement, score(true, given), score(true, exact), gap, weights)
+    return lora, Parity(len(rows), differ, score(true, given), score(true, exact), gap, weights)
 
 
 def averaged(parts: Gated, task_weight: Mapping[int, float]) -> Sum:
@@ -120,7 +135,7 @@ def largest_gap(engine: Engine, one: Entry, other: Entry, rows: Sequence[Encoded
 
 def report(parity: Parity) -> dict[str, bytes]:
     """parity.json"""
-    return {"parity.json": _json(asdict(parity))}
+    return {"parity.json": _json(asdict(parity) | {"agreement": parity.agreement})}
 
 
 def source(store: Store, record: TaskRecord, kind: str, expert: str | None) -> dict[str, bytes]:

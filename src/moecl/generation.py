@@ -6,6 +6,7 @@ keys and values of earlier texts (`kv_prefix.py`) is read in the place of a prom
 
 import copy
 import secrets
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ class Writing:
         """As where nothing is written."""
         self.ids: list[int] = []
         self.logprobs: list[Token] = []
+        self._starts: list[int] = []  # where in the text each of these begins
         self.reason: Reason | None = None
         self.text = ""
         self._told = self._listed = 0
@@ -124,11 +126,13 @@ class Writing:
         self.ids.append(token)
         if self.sampling.top_logprobs is not None:
             self.logprobs.append(told(logits, token, self.sampling.top_logprobs))
+            self._starts.append(len(self.text))
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self.text = str(text).removeprefix(" ")  # which only joins an answer to its prompt
         found = [place for stop in self.sampling.stop if (place := self.text.find(stop)) >= 0]
         if found:
             self.text = self.text[: min(found)]
+            del self.logprobs[self._within(len(self.text)) :]
             self._end("stop")
         elif len(self.ids) >= self.limit:
             self._end("length")
@@ -136,14 +140,19 @@ class Writing:
     def _end(self, reason: Reason) -> None:
         self.reason, self.text = reason, self.text.rstrip()
 
+    def _within(self, length: int) -> int:
+        """How many tokens begin within the first characters of the text."""
+        return bisect_left(self._starts, length)
+
     def news(self) -> Piece | None:
         """What is certain to stay of the text and was not told before; None where that is nothing."""
         text = self.text if self.reason else settled(self.text, self.sampling.stop)
+        known = self._within(len(text))
         text = text.lstrip()
         if not (fresh := text[self._told :]):
             return None
-        logprobs = tuple(self.logprobs[self._listed :])
-        self._told, self._listed = len(text), len(self.logprobs)
+        logprobs = tuple(self.logprobs[self._listed : known])
+        self._told, self._listed = len(text), max(known, self._listed)
         return Piece(fresh, logprobs)
 
     def completion(self) -> Completion:

@@ -16,12 +16,17 @@ class Trie:
         ways = [label[:-1] for label in self.labels]
         self.paths = sorted(way for way in ways if not any(other != way and other[: len(way)] == way for other in ways))
         self.path_of = [next(k for k, path in enumerate(self.paths) if path[: len(way)] == way) for way in ways]
+        # What is read of each path: (how many of its tokens are before, the token that is scored then).
+        self.reads: list[dict[tuple[int, int], int]] = [{} for _ in self.paths]
+        for label, path in zip(self.labels, self.path_of, strict=True):
+            for read in enumerate(label[1:]):
+                self.reads[path].setdefault(read, len(self.reads[path]))
 
     def scores(self, first: Tensor, followed: Sequence[Tensor]) -> Tensor:
-        """[labels]: first [V] is log p after the prompt, followed[k] [len, V] that after each token of path k."""
+        """[labels]: first [V] is log p after the prompt, followed[k] that of all that is read of path k."""
         totals = []
         for label, path in zip(self.labels, self.path_of, strict=True):
-            rest = [followed[path][depth, token] for depth, token in enumerate(label[1:])]
+            rest = [followed[path][self.reads[path][read]] for read in enumerate(label[1:])]
             totals.append(first[label[0]] + torch.stack(rest).sum())
         return torch.stack(totals)
 

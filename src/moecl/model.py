@@ -248,11 +248,11 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         """The call that runs each row with these parts; one for all rows where they are the same."""
         if self._detached:
             raise BaseError("base: it was detached from this model; attach it again with MoECL.attach")
-        own = {id(parts): parts for parts in rows}
+        own = dict.fromkeys(rows)  # a store's parts are equal where they are of the same modules
         if len(own) == 1:
             return Call((rows[0],))
-        place = {key: number for number, key in enumerate(own)}
-        return Call(tuple(own.values()), torch.tensor([place[id(parts)] for parts in rows], device=self.device))
+        place = {parts: number for number, parts in enumerate(own)}
+        return Call(tuple(own), torch.tensor([place[parts] for parts in rows], device=self.device))
 
     def _answer(self, call: Call, inputs: Mapping[str, Any], labels: Tensor) -> MoECLOutput:
         """Next-token loss at the answer positions; nothing else reaches the language-model head."""

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from moecl.course import Watcher
-from moecl.data.task import load_task_data, text_alone
+from moecl.data.task import text_alone
 from moecl.errors import BaseError, RunError
 from moecl.model import MoECL
 from moecl.router import KeptFeatures, Statistics, read
 from moecl.run_folder import RunFolder
 from moecl.store import ROUTER, Store
-from moecl.using import open_store
+from moecl.using import open_store, split_of
 
 
 def described(run: Path) -> dict[str, Any]:
@@ -53,13 +53,15 @@ def fitted(folder: RunFolder, store: Store, statistics: Statistics | None, devic
         raise BaseError(f"base: {store.manifest.base.id} has no tokenizer; add one to its folder")
     statistics = statistics or Statistics.empty(model.geometry.hidden_size, model.geometry.num_layers)
     features = KeptFeatures(model, model.tokenizer, statistics.layer, store.manifest.base.sha256)
-    sources = {task.name: task for task in folder.config().tasks}
+    config = folder.config()
+    held = {task.name for task in config.tasks if task.validation}
     for record in missing:
         watcher.note(f"reading {record.name}")
-        data = load_task_data(sources[record.name])
-        train, held = (
-            [text_alone(one, data.task) for one in split.examples] if split is not None else []
-            for split in (data.train, data.validation)
+        train, validation = (
+            [text_alone(one, record.task) for one in split_of(config, record, split, folder.path).examples]
+            if split == "train" or record.name in held
+            else []
+            for split in ("train", "validation")
         )
-        statistics.learn(features, record.reference, train, held)
+        statistics.learn(features, record.reference, train, validation)
     return statistics

@@ -95,7 +95,11 @@ def show_scores(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
     table = plain_table("task", "metric", score="right", rows="right", recall="left")
     for row in rows:
         table.add_row(
-            row["task"], row["metric"], show_score(row["score"]), str(row["rows"]), recalls(row["per_class_recall"])
+            row["task"],
+            row["metric"],
+            show_score(row["score"]),
+            str(row["rows"]),
+            Text(recalls(row["per_class_recall"])),
         )
     console.print(table)
 
@@ -120,7 +124,7 @@ def show_check(console: Console, found: Sequence[Mapping[str, Any]], cost: Mappi
         )
         for name, split in task["splits"].items():
             lengths = [str(split["tokens"][key]) for key in ("p50", "p95", "max")]
-            table.add_row(f"  {name}", str(split["rows"]), *lengths, str(split["cut"]), balance(split["labels"]))
+            table.add_row(f"  {name}", str(split["rows"]), *lengths, str(split["cut"]), Text(balance(split["labels"])))
         console.print(table)
         hints = Table.grid(padding=(0, 1))
         for hint in task["hints"]:

@@ -50,7 +50,10 @@ class CommandWithKeys(Command):
             formatter.write_dl(rows)
 
 
-def explain(error: Exception) -> tuple[str, int]:
+TRAINING = ("train", "learn", "check", "demo", "bench")
+
+
+def explain(error: Exception, command: str = "train") -> tuple[str, int]:
     """One line for an error, and the exit status: 2 for what the user can fix, 1 for the rest."""
     if isinstance(error, MoECLError):
         return str(error), error.exit_code
@@ -59,8 +62,11 @@ def explain(error: Exception) -> tuple[str, int]:
         path = getattr(getattr(error, "ctx", None), "command_path", "moecl")
         return f"{' '.join(error.format_message().split()).rstrip('.')}; see `{path} --help`", error.exit_code
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in reason:
-        remedy = "lower train.batch_size or train.max_length, or set train.gradient_checkpointing=true"
-        return f"out of memory: {remedy}, in a new run folder", 2
+        remedy = "use a machine with more, another --device, or --expert-memory with less where the command has it"
+        if command in TRAINING:
+            remedy = "lower train.batch_size or train.max_length, or set train.gradient_checkpointing=true"
+            remedy += ", in a new run folder"
+        return f"out of memory: {remedy}", 2
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'output'}: {error.strerror}", 2
     return f"{type(error).__name__}: {reason} (this should not happen: --debug shows where)", 1

@@ -117,7 +117,7 @@ def exported(
     entry, parity = engine.bank[name], None
     if kind == "static-lora":
         lora, parity = one_lora(engine, entry, rows)
-        if 1 - parity.agreement > max_disagreement:
+        if parity.disagreement > max_disagreement:
             return parity, ""
     else:
         lora = one_expert(entry, expert)

@@ -85,7 +85,10 @@ def test_keys_of_a_file_and_of_the_environment(tmp_path):
     file = tmp_path / "keys.txt"
     file.write_text("# ours\nfirst-key\n\n  second-key  \n")
     assert read_keys(file, {"MOECL_API_KEYS": "third-key, fourth-key,"}) == (*KEYS, "third-key", "fourth-key")
-    assert read_keys(None, {}) == ()
+    assert read_keys(None, {}) == read_keys(None, {"MOECL_API_KEYS": ""}) == ()
+    assert read_keys(None, {"MOECL_API_KEYS": "#s3cret"}) == ("#s3cret",), "a remark is for a file"
+    with pytest.raises(ConfigError, match="MOECL_API_KEYS: holds no key"):
+        read_keys(None, {"MOECL_API_KEYS": " , "})
     assert Keys(KEYS).allow(b"bearer second-key")
     assert not Keys(()).allow(b"Bearer ")
 

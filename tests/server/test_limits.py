@@ -89,6 +89,17 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(store):
         assert server.service.rows == 0
 
 
+def test_texts_are_waited_for_as_long_as_texts_take(store):
+    with live(store) as server:
+        worker = server.service.worker
+        worker.rate, worker._texts_done, worker._texts_took = 100.0, 10.0, 20.0
+        monkeypatched = dict.fromkeys(range(5))
+        worker._writing.update(monkeypatched)
+        assert worker.retry_after(105) == 11
+        worker._writing.clear()
+        assert worker.retry_after(200) == 2
+
+
 def test_what_takes_too_long_is_given_up(store):
     with live(store, timeout=0.3) as server:
         with stuck(server):

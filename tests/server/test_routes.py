@@ -64,6 +64,14 @@ def test_a_chat_with_a_task_that_writes(client, engine):
     assert answer.system_fingerprint == f"told-v1-{digest}"
 
 
+def test_an_answer_is_a_turn_of_the_next_chat(client):
+    turns = user("a cat")
+    for _ in range(2):
+        answer = client.chat.completions.create(model="told", messages=turns, max_tokens=4)
+        turns += [answer.choices[0].message, *user("more")]
+    assert len(turns) == 5
+
+
 def test_a_chat_with_a_task_that_classifies(client, engine):
     turns = [{"role": "system", "content": "Be kind."}, *user("not this"), *user(TEXTS[0])]
     answer = client.chat.completions.create(model="topic", messages=turns, logprobs=True, top_logprobs=2)
@@ -191,6 +199,20 @@ def test_streamed_log_p_adds_up_to_the_whole(client, model):
         assert sum(choice.logprobs is not None for choice in chunks) > 1, "they come with their pieces"
 
 
+def test_log_p_ends_where_a_stop_begins(client):
+    asked = {"model": "told", "messages": user("a cat"), "max_tokens": 40, "logprobs": True}
+    whole = client.chat.completions.create(**asked).choices[0]
+    asked["stop"] = whole.message.content[9:12]
+    cut = client.chat.completions.create(**asked).choices[0]
+    assert whole.message.content.startswith(cut.message.content)
+    assert 0 < len(cut.logprobs.content) < len(whole.logprobs.content)
+    before = b"".join(bytes(token.bytes) for token in cut.logprobs.content[:-1]).decode(errors="replace").lstrip()
+    assert cut.message.content.startswith(before.rstrip()), "the last one may hold the stop"
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+    told = [token for choice in chunks if choice.logprobs for token in choice.logprobs.content]
+    assert [token.token for token in told] == [token.token for token in cut.logprobs.content]
+
+
 def test_streamed_text_offsets_go_on(client):
     asked = {"model": "write", "prompt": "x", "max_tokens": 7, "logprobs": 1}
     whole = client.completions.create(**asked).choices[0].logprobs
@@ -267,6 +289,12 @@ def test_a_task_that_writes_classifies_nothing(server):
         ("completions", {"model": "write", "prompt": [1, 2]}, "prompt[0]", "should"),
         ("completions", {"model": "write", "prompt": "x", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ("completions", {"model": "write", "prompt": "x", "max_tokens": 9999}, "max_tokens", "is more than 1024"),
+        (
+            "chat/completions",
+            {"model": "told", "messages": user("x"), "max_completion_tokens": 9999},
+            "max_completion_tokens",
+            "is more than 1024; give less, or start the server with a larger --max-tokens",
+        ),
         ("completions", {"model": "write", "prompt": "x", "temperature": 3}, "temperature", "less than or equal to 2"),
         ("completions", {"model": "write", "prompt": "x", "logit_bias": {}}, "logit_bias", "not supported"),
         ("completions", {"model": "write", "prompt": ["x", "y"], "stream": True}, "prompt", "can be streamed"),

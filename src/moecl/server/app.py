@@ -176,7 +176,8 @@ async def chat(request: Request, wish: ChatWish) -> Any:
         raise ApiError(400, "top_logprobs: needs logprobs: true", param="top_logprobs")
     service = service_of(request)
     top = (wish.top_logprobs or 0) if wish.logprobs else None
-    sampling = sampled(service, wish, wish.max_completion_tokens or wish.max_tokens, top)
+    field = "max_tokens" if wish.max_completion_tokens is None else "max_completion_tokens"
+    sampling = sampled(service, wish, wish.max_completion_tokens or wish.max_tokens, top, field)
     told(request, wish.model, 1, [message.text for message in wish.messages])
     if wish.stream:
         return await streamed(request, wish, wish.messages, sampling)
@@ -199,10 +200,13 @@ async def completions(request: Request, wish: CompletionWish) -> Any:
     return JSONResponse(spoken.completions(answers, service.decode, wish.logprobs).model_dump())
 
 
-def sampled(service: Service, wish: Wish, max_tokens: int | None, top: int | None) -> Sampling:
+def sampled(
+    service: Service, wish: Wish, max_tokens: int | None, top: int | None, field: str = "max_tokens"
+) -> Sampling:
     most = service.settings.max_tokens
     if max_tokens is not None and max_tokens > most:
-        raise ApiError(400, f"max_tokens: {max_tokens} is more than {most}", param="max_tokens")
+        more = f"{field}: {max_tokens} is more than {most}; give less, or start the server with a larger --max-tokens"
+        raise ApiError(400, more, param=field)
     if wish.stream_options is not None and not wish.stream:
         raise ApiError(400, "stream_options: needs stream: true", param="stream_options")
     return Sampling(

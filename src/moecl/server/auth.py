@@ -19,8 +19,11 @@ def read_keys(file: Path | None, environment: Mapping[str, str]) -> tuple[str, .
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8"
             raise ConfigError(f"--api-key {file}: {reason}; give a file with a key a line") from error
-    found = [word.strip() for word in (*lines, *environment.get(VARIABLE, "").split(","))]
-    keys = tuple(word for word in found if word and not word.startswith("#"))
+    written = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
+    given = environment.get(VARIABLE, "")
+    keys = (*written, *filter(None, map(str.strip, given.split(","))))
+    if given.strip() and len(keys) == len(written):
+        raise ConfigError(f"{VARIABLE}: holds no key; give keys with commas between them, or unset it")
     if file is not None and not keys:
         raise ConfigError(f"--api-key {file}: holds no key; write one a line")
     if odd := [key for key in keys if not key.isascii() or not key.isprintable() or " " in key]:

@@ -15,6 +15,7 @@ from moecl.server.metrics import Metrics
 ROWS = 64  # that are read at once: more would make the texts under way wait
 ALONE = 8  # of those that run one by one
 RETRY_AFTER = (1, 30)  # seconds
+LATELY = 32  # texts, of whose rate the later half counts as much as all before
 
 
 Answer = tuple[Prediction, dict[int, float] | None]
@@ -103,7 +104,8 @@ class Worker:
         """`wait`: seconds that a job waits for others where nothing is under way."""
         self.engine, self.wait, self.metrics = engine, wait, metrics
         self.decoder: Decoder = engine.decoder()
-        self.rate = 1.0  # rows a second, lately
+        self.rate = 1.0  # rows read a second, lately
+        self._texts_done = self._texts_took = 1.0  # texts written to their end, and the seconds of that, lately
         self._reads: deque[Reading | Routing] = deque()
         self._texts: deque[Text] = deque()
         self._writing: dict[int, Text] = {}
@@ -137,9 +139,11 @@ class Worker:
         self._thread.join(timeout)
 
     def retry_after(self, rows: int) -> int:
-        """Seconds until so many rows are done."""
+        """Seconds until so many rows are done, those among them that are texts at the rate at which texts end."""
+        texts = min(rows, len(self._texts) + len(self._writing))
+        seconds = (rows - texts) / self.rate + texts * self._texts_took / self._texts_done
         low, high = RETRY_AFTER
-        return max(low, min(high, round(rows / self.rate)))
+        return max(low, min(high, round(seconds)))
 
     # On the model's thread
 
@@ -147,16 +151,20 @@ class Worker:
         while (taken := self._take()) is not None:
             reads, texts = taken
             self._running = [*reads, *texts]
-            started = time.monotonic()
+            started = read = time.monotonic()
             try:
                 self._read(reads)
+                read = time.monotonic()
                 self._join(texts)
                 self._step()
             except Exception as error:  # a thread that ended would leave every later request waiting
                 self._fail(error, self._running)
             self._running = []
             if rows := sum(job.rows for job in reads):
-                self.rate += 0.1 * (rows / max(1e-4, time.monotonic() - started) - self.rate)
+                self.rate += 0.1 * (rows / max(1e-4, read - started) - self.rate)
+            self._texts_took += time.monotonic() - read
+            if self._texts_done > LATELY:
+                self._texts_done, self._texts_took = self._texts_done / 2, self._texts_took / 2
 
     def _fail(self, error: Exception, jobs: Sequence[Job]) -> None:
         """Tell all that is under way, and write from now on with a new decoder."""
@@ -251,3 +259,4 @@ class Worker:
             job.moved()
             if job.writing.reason is not None:
                 del self._writing[id(job.writing)]
+                self._texts_done += 1

@@ -30,6 +30,11 @@ class Message(Asked):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[Part]
     name: str | None = None
+    refusal: None = None  # what an answer has that is sent back as a turn
+    annotations: Annotated[list[None], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
     @property
     def text(self) -> str:

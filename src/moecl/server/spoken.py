@@ -120,7 +120,7 @@ def text_logprobs(tokens: Sequence[TokenLogprob], offsets: Offsets) -> TextLogpr
 
 
 def event(data: Mapping[str, Any]) -> bytes:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+    return f"data: {json.dumps(data)}\n\n".encode()  # readers may end a line at U+2028
 
 
 Said = TaskRecord | Piece | Written
