@@ -52,6 +52,14 @@ def test_what_is_put_comes_back(dtype):
     assert notes == []
 
 
+def test_what_other_code_computed_is_not_used(monkeypatch):
+    made()[0].put(key(0), entry())
+    monkeypatch.setitem(derived.KINDS, "prefix", derived.KINDS["prefix"] + 1)
+    assert made()[0].get(key(0)) is None
+    made()[0].put(key(0), entry(1))
+    assert equal(made()[0].get(key(0)), entry(1))
+
+
 def test_a_damaged_entry_is_not_used_and_written_again(cache):
     kept, notes = made()
     kept.put(key(1), entry())

@@ -2,9 +2,10 @@
 
     CACHE/KIND/ab/ab12....safetensors    one entry, named by its key: its tensors, and a digest of key and tensors
 
-An entry is a function of its key, so whoever wrote it, it is the same: processes may share a folder. Whatever is wrong
-with an entry or with the disk, it is computed again, and nothing else changes. One entry a file: a file is a text's
-hidden states (some 100 kB), so that opening it costs little beside reading it, and each can be removed on its own.
+An entry is a function of its key and of our code, whose number is in the digest: processes may share a folder.
+Whatever is wrong with an entry or with the disk, it is computed again, and nothing else changes. One entry a file: a
+file is a text's hidden states (some 100 kB), so that opening it costs little beside reading it, and each can be removed
+on its own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from moecl.data.assets import cache_dir
 if TYPE_CHECKING:  # listing and clearing need no torch
     from torch import Tensor
 
-KINDS = ("features", "prefix", "tokens")
+KINDS = {"features": 1, "prefix": 1, "tokens": 1}  # raised when our code computes something else of the same key
 DIGEST = "sha256"
 SLACK = 20  # a twentieth of the bound is freed at once, and written before the folder is looked through again
 STALE = 3600.0  # seconds after which a file being written was left by a dead process
@@ -56,7 +57,7 @@ class Derived:
         path = self._path(key)
         try:
             tensors = load(path.read_bytes())
-            if tensors.pop(DIGEST).numpy().tobytes() != digest(key, tensors):
+            if tensors.pop(DIGEST).numpy().tobytes() != digest(self._made_as(key), tensors):
                 return None
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError):  # not there, cut short or altered
             return None
@@ -71,7 +72,7 @@ class Derived:
 
         if self._full:
             return
-        sealed = torch.frombuffer(bytearray(digest(key, tensors)), dtype=torch.uint8)
+        sealed = torch.frombuffer(bytearray(digest(self._made_as(key), tensors)), dtype=torch.uint8)
         data, path = save({**tensors, DIGEST: sealed}), self._path(key)
         draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         try:
@@ -94,6 +95,9 @@ class Derived:
         if not self._noted:
             self._noted = True
             self.note(f"{self.kind} cache {self.folder}: {why}; what is not in it is computed each time")
+
+    def _made_as(self, key: str) -> str:
+        return f"{self.kind} {KINDS[self.kind]} {key}"
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
