@@ -31,6 +31,8 @@ LOOK: dict[Any, Any] = {
     "axes.axisbelow": True, "text.parse_math": False, "lines.linewidth": 1.8, "lines.markersize": 5,
 }  # fmt: skip
 MOST_LINES = 8
+HEIGHT = 2.8  # of a figure, inches
+POINTS = 190  # that its axes are high then, about
 MOST_LINEAR = 20  # between the least and the most, above which an axis is logarithmic
 LABEL = 11  # points between the names of two series
 
@@ -96,7 +98,7 @@ def intervals(
 @drawn
 def points(name: str, alt: str, found: Sequence[tuple[str, float, float, bool]], x: str, y: str) -> str:
     """A named point each (label, x, y, whether it stands out)."""
-    figure, axes = _start()
+    figure, axes = _start(height := max(HEIGHT, 0.17 * len(found)))  # names need room
     for _, right, up, strong in found:
         axes.plot([right], [up], marker="D" if strong else "o", color=SERIES[1] if strong else SERIES[0])
     axes.set(xlabel=x, ylabel=y)
@@ -104,7 +106,7 @@ def points(name: str, alt: str, found: Sequence[tuple[str, float, float, bool]],
     across = [one[1] for one in found]
     if max(across) > MOST_LINEAR * min(across) > 0:
         axes.set_xscale("log")
-    _name_points(axes, {label: (right, up) for label, right, up, _ in found})
+    _name_points(axes, {label: (right, up) for label, right, up, _ in found}, height)
     return _finish(figure, alt)
 
 
@@ -119,7 +121,7 @@ def image(name: str, alt: str, values: np.ndarray[Any, Any], x: str, y: str) -> 
     return _finish(figure, alt)
 
 
-def _start(height: float = 2.8) -> "tuple[Figure, Axes]":
+def _start(height: float = HEIGHT) -> "tuple[Figure, Axes]":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, height), layout="constrained")
@@ -135,7 +137,7 @@ def _name_ends(axes: "Axes", ends: Mapping[str, tuple[float, float]]) -> None:
     """Names in the margin, pushed apart where two lines end side by side."""
     right = max((x for x, _ in ends.values()), default=0)
     low, high = axes.get_ylim()
-    scale = 190 / (high - low)  # points a unit, as the axes will be about
+    scale = POINTS / (high - low)  # points a unit
     heights = _apart({label: y * scale for label, (_, y) in ends.items()})
     for place, (label, (x, y)) in enumerate(ends.items()):
         offset = (10 if x == right else 6, heights[label] - y * scale)
@@ -145,9 +147,9 @@ def _name_ends(axes: "Axes", ends: Mapping[str, tuple[float, float]]) -> None:
         )  # fmt: skip
 
 
-def _name_points(axes: "Axes", found: Mapping[str, tuple[float, float]]) -> None:
+def _name_points(axes: "Axes", found: Mapping[str, tuple[float, float]], height: float) -> None:
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    scale = 190 / (high - low)
+    scale = POINTS * height / HEIGHT / (high - low)
     heights = _apart({label: y * scale for label, (_, y) in found.items()})
     for label, (x, y) in found.items():
         inward = x > left + 0.6 * (right - left)
