@@ -185,7 +185,7 @@ BAD_VALUES = [
     (
         "data/agnews/train.jsonl",
         "imdb",
-        "10: tasks[0].train: 'imdb' is neither a data file (.jsonl, .json, .csv, .tsv, .parquet) nor a "
+        "10: tasks[0].train: 'imdb' is neither a data file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet) nor a "
         "hub id; write user/name, or hub:user/name/config:split",
     ),
     ("data/agnews/train.jsonl", "[a.jsonl]", "10: tasks[0].train: was read as a list; quote the text"),
