@@ -24,7 +24,7 @@ from pydantic.config import JsonDict
 from moecl import _raw, _yaml
 from moecl._explain import Setting, explain, problem, settings
 from moecl._yaml import Document, show
-from moecl.config import StreamConfig, load_stream, stream_in
+from moecl.config import StreamConfig, stream_in
 from moecl.errors import ConfigError, near
 from moecl.method_config import method_names, method_settings
 
@@ -287,7 +287,8 @@ def load_bench(path: str | Path) -> BenchConfig:
     _raw.require_mapping(document)
     config = _validated(document)
     stream = Path(path).parent.resolve() / os.path.expanduser(config.stream)
-    own = [task.name for task in load_stream(stream).tasks]
+    config = config.model_copy(update={"stream": str(stream), "name": config.name or Path(path).stem})
+    own = [task.name for task in config._stream([]).tasks]
     for order, names in config.orders.items():
         for index, name in enumerate(names):
             at = ("orders", order, index)
@@ -297,8 +298,7 @@ def load_bench(path: str | Path) -> BenchConfig:
                 raise _wrong(document, at, f"{show(name)} is here twice; remove one")
         if not names:
             raise _wrong(document, ("orders", order), "holds nothing; give the tasks' names")
-    orders = config.orders or {OWN_ORDER: own}
-    return config.model_copy(update={"stream": str(stream), "orders": orders, "name": config.name or Path(path).stem})
+    return config.model_copy(update={"orders": config.orders or {OWN_ORDER: own}})
 
 
 def _validated(document: Document) -> BenchConfig:

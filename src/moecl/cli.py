@@ -317,6 +317,7 @@ def init(
 ) -> None:
     """Write a commented stream file to start from."""
     from moecl._atomic import one_line
+    from moecl.show import say
 
     text = (resources.files("moecl") / "template.yaml").read_text(encoding="utf-8")
     if file.exists():
@@ -325,12 +326,7 @@ def init(
         raise RunError(f"{file}: no folder {file.parent}; make it first")
     with one_line(file), file.open("x", encoding="utf-8") as target:
         target.write(text)
-    err.print(
-        f"{file} written: name your data in it, then `moecl check {file}`",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    say(err, f"{file} written: name your data in it, then `moecl check {file}`")
 
 
 @app.command(cls=Command, epilog="moecl check stream.yaml\nmoecl check stream.yaml --set train.max_length=128")

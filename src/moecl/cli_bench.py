@@ -106,11 +106,11 @@ def planned(file: Path, folder: Path, selection: Any, jobs: int | None) -> "Benc
 
 def bench_of(file: Path) -> "BenchConfig":
     from moecl.bench_config import load_bench
+    from moecl.show import say
 
     config = load_bench(file)
     if unused := config.unused_settings():
-        said = f"{Path(config.stream).name}: method: {unused} is not used in a bench; put method.* under `set`"
-        err.print(said, soft_wrap=True, markup=False, highlight=False)
+        say(err, f"{Path(config.stream).name}: method: {unused} is not used in a bench; put method.* under `set`")
     return config
 
 

@@ -44,6 +44,7 @@ def cache_list(as_json: AsJson = False) -> None:
     """
     from moecl.data import derived
     from moecl.data.assets import cache_dir, cached
+    from moecl.show import say
 
     found = [(it.name, it.path, it.bytes, f"{it.when.astimezone():%Y-%m-%d %H:%M}") for it in cached()]
     for kind in derived.KINDS:
@@ -55,7 +56,7 @@ def cache_list(as_json: AsJson = False) -> None:
     for name, path, taken, more in found:
         print(f"{name}  {size(taken)}  {more}  {path}")
     if not found:
-        err.print(f"nothing in {cache_dir()}; `moecl fetch` fills it", highlight=False, markup=False, soft_wrap=True)
+        say(err, f"nothing in {cache_dir()}; `moecl fetch` fills it")
 
 
 @app.command("clear", cls=Command, epilog="moecl cache clear\nmoecl cache clear prefix")
@@ -68,6 +69,7 @@ def cache_clear(
     """
     from moecl.data import derived
     from moecl.data.assets import ASSETS, cache_dir, clear
+    from moecl.show import say
 
     known = [*ASSETS, *derived.KINDS]
     if unknown := [name for name in names or () if name not in known]:
@@ -77,9 +79,4 @@ def cache_clear(
     for kind in derived.KINDS:
         if kind in wanted:
             derived.clear(kind)
-    err.print(
-        f"cleared {', '.join(names) if names else 'all'} in {cache_dir()}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    say(err, f"cleared {', '.join(names) if names else 'all'} in {cache_dir()}")

@@ -56,6 +56,7 @@ def export(
         raise ConfigError(f"--max-disagreement: {most:g} is no share; give a number from 0 to 1")
     if expert is not None and kind != "peft-expert":
         raise ConfigError(f"--expert {expert}: is for --as peft-expert; a {kind} has both")
+    from moecl.show import say
     from moecl.using import exported
 
     with quietly(), err.status("exporting"):
@@ -73,7 +74,7 @@ def export(
 
 
 def show(parity: "Parity") -> None:
-    from moecl.show import show_score
+    from moecl.show import say, show_score
 
     say(out, f"{'validation rows':18} {parity.rows}")
     say(out, f"{'same answer':18} {parity.agreement:.1%}")
@@ -82,7 +83,3 @@ def show(parity: "Parity") -> None:
     if parity.task_weight:
         weights = parity.task_weight.values()
         say(out, f"{'task expert':18} weighs {min(weights):.2f} to {max(weights):.2f}, by layer")
-
-
-def say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)

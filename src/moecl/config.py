@@ -12,7 +12,7 @@ from moecl._explain import Setting, explain, not_a_text, problem, settings
 from moecl._settings import Settings
 from moecl._yaml import Document, show
 from moecl.errors import ConfigError, near
-from moecl.method_config import MethodConfig, MoECLConfig, method_names, method_settings
+from moecl.method_config import MethodConfig, MoECLConfig, fill_settings, method_names, method_settings
 
 Kind = Literal["classification", "generation"]
 Metric = Literal["accuracy", "macro_f1", "exact_match", "rouge_l"]
@@ -348,11 +348,9 @@ def stream_in(
 
 
 def fill_unrecorded(stream: Mapping[str, Any]) -> None:
-    """Give a recorded stream the settings that were not known when it was written, as they were in effect."""
-    method = stream.get("method")
-    if isinstance(method, dict) and (name := method.get("name")) in method_names():
-        for key, value in method_settings(str(name)).unrecorded.items():
-            method.setdefault(key, value)
+    """Give a recorded stream's method the settings that were not known when it was written."""
+    if isinstance(method := stream.get("method"), dict):
+        fill_settings(method.get("name"), method)
 
 
 def load_task(path: str | Path) -> TaskConfig:

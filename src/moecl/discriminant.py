@@ -221,23 +221,23 @@ class Drawn:
     """
 
     def __init__(self, moments: Moments, white: Whitener, tasks: int) -> None:
-        self.moments, draws = moments, np.random.default_rng(0)
+        draws, freedom = np.random.default_rng(0), max(moments.freedom, 1)
         count = max(LEAST_DRAWN, DRAWN // tasks)
-        covariance = white.scatter(moments) / max(moments.freedom, 1)
+        covariance = white.scatter(moments) / freedom
         size = float(np.trace(covariance)) / moments.width or 1.0
         shrinkage = oracle_shrinkage(covariance / size, moments.freedom)
         covariance = (1 - shrinkage) * covariance + shrinkage * size * np.eye(moments.width)
         self.rows: Floats = draws.standard_normal((count, moments.width)) @ np.linalg.cholesky(covariance).T
-        self.sizes = draws.standard_normal(count)
+        self.sizes, self.moments = draws.standard_normal(count), moments
+        self.pooled = float(np.trace(moments.scatter)) / freedom
+        squares = float((moments.scatter**2).sum()) / freedom**2 - self.pooled**2 / freedom  # less the noise in them
+        self.gaussian = 2 * max(squares, 0.0) / self.pooled**2 if self.pooled else 0.0  # what normal rows spread anyway
 
     def factors(self, task: str) -> Floats:
         """[n, 1]: what makes the rows lie as far away as the task's own, and as unevenly (log-normal)."""
-        moments, freedom = self.moments, max(self.moments.freedom, 1)
-        pooled = float(np.trace(moments.scatter)) / freedom
-        if pooled == 0:
+        if self.pooled == 0:
             return np.ones((len(self.sizes), 1))
-        squares = float((moments.scatter**2).sum()) / freedom**2 - pooled**2 / freedom  # less what is noise in them
-        gaussian = 2 * max(squares, 0.0) / pooled**2  # what normal rows of that covariance spread by themselves
-        width = max(np.log1p(moments.spreads[task]) - np.log1p(gaussian), 0.0)
-        found: Floats = np.sqrt(moments.powers[task] / pooled * np.exp(self.sizes * np.sqrt(width) - width / 2))
+        width = max(np.log1p(self.moments.spreads[task]) - np.log1p(self.gaussian), 0.0)
+        scale = self.moments.powers[task] / self.pooled
+        found: Floats = np.sqrt(scale * np.exp(self.sizes * np.sqrt(width) - width / 2))
         return found[:, None]

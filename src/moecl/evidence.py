@@ -67,7 +67,7 @@ class Evidence:
         path = predictions(self.folder.path, name, "learned")
         now = as_rows(answers)
         try:
-            before = [json.loads(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
+            before = [json.loads(line) for line in path.read_bytes().splitlines()]
             moved = drift(before, now)
         except (OSError, ValueError, LookupError, TypeError) as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or "not what was written there"

@@ -245,6 +245,13 @@ def method_settings(name: str) -> type[MethodConfig]:
     return METHODS[name] if name in METHODS else plugin(name).config_type
 
 
+def fill_settings(name: object, settings: dict[str, Any]) -> None:
+    """Give a method's recorded settings those that were not known when they were written, as they were in effect."""
+    if name in method_names():
+        for key, value in method_settings(str(name)).unrecorded.items():
+            settings.setdefault(key, value)
+
+
 @cache
 def plugins() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=ENTRY_POINTS)}

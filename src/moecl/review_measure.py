@@ -245,12 +245,8 @@ def review(
         total=total([*measured.values()]),
         skipped=dict(skipped or {}),
         seen=[name for name, pair in pairs.items() if pair.validation.sha256 == pair.test.sha256],
-        against=None if against is None else paired(pairs, fitted, measured, against, target),
+        against=None if against is None else paired(pairs, fitted, measured, against, target, left_out),
     )
-    if found.against is not None:
-        missing = [name for name in pairs if name not in found.against.tasks]
-        skipped = {name: left_out.get(name, "B has not learned it") for name in missing}
-        found = found.model_copy(update={"against": found.against.model_copy(update={"skipped": skipped})})
     return Thresholds(target=target, tasks=fitted), found
 
 
@@ -260,6 +256,7 @@ def paired(
     measured: TaskReviews,
     against: Mapping[str, Pair],
     target: Target,
+    left_out: Mapping[str, str],
 ) -> Against:
     names = [name for name in pairs if name in against]
     if not names:
@@ -271,12 +268,14 @@ def paired(
                 f"--against: task {name!r}: its test rows or their labels are others; give a run on the same"
             )
     second = {name: fit(against[name].validation, target) for name in names}
-    return compare(
+    found = compare(
         {name: decided(fitted[name], pairs[name].test) for name in names},
         {name: decided(second[name], against[name].test) for name in names},
         measured,
         {name: measure(second[name], against[name].test) for name in names},
     )
+    missing = {name: left_out.get(name, "B has not learned it") for name in pairs if name not in against}
+    return found.model_copy(update={"skipped": missing})
 
 
 def named_rows(rows: Scored) -> list[tuple[int, str]]:

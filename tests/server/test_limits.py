@@ -17,7 +17,7 @@ import pytest
 
 from live import live, make_store
 from moecl.generation import Writing
-from moecl.server.queue import Reading
+from moecl.server.queue import Reading, Worker
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +91,9 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(store):
 
 def test_texts_are_waited_for_as_long_as_texts_take(store):
     with live(store) as server:
-        worker = server.service.worker
+        worker = Worker(server.service.worker.engine, 0.0, server.service.worker.metrics)  # which nothing wakes
         worker.rate, worker._texts_done, worker._texts_took = 100.0, 10.0, 20.0
-        monkeypatched = dict.fromkeys(range(5))
-        worker._writing.update(monkeypatched)
+        worker._writing.update(dict.fromkeys(range(5)))
         assert worker.retry_after(105) == 11
         worker._writing.clear()
         assert worker.retry_after(200) == 2

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moecl._yaml import dotted
 from moecl.errors import RunError
-from moecl.method_config import method_names, method_settings
+from moecl.method_config import fill_settings
 from moecl.results import Result
 from moecl.routing import Routing
 from moecl.run_folder import BENCH, RESULT, RunFolder
@@ -126,7 +126,7 @@ def _moved(folder: Path, task: str) -> Moved | None:
 def _right(path: Path) -> list[bool]:
     """Whether each row of a file of predictions was answered right."""
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
             found.append(row["label"].strip() == row["answer"].strip())
@@ -143,14 +143,14 @@ def _read_bench(folder: Path) -> Bench:
         raise RunError(f"{path}: cannot be read ({error}); restore it, or run the bench again") from None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise RunError(f"{path}: schema: is not {SCHEMA}, which this moecl reads; upgrade moecl or run the bench again")
-    for method in found["methods"].values() if isinstance(found.get("methods"), dict) else ():
-        _fill(method)
     try:
         bench = Bench.model_validate(found)
     except ValidationError as error:
         first = error.errors()[0]
         place = ": ".join(part for part in (str(path), dotted(first["loc"]), first["msg"]) if part)
         raise RunError(f"{place}; the file was altered, run the bench again or restore it") from None
+    for method in bench.methods.values():
+        fill_settings(method.method, method.settings)
     if strange := [c for c in bench.cells if c.method not in bench.methods or c.order not in bench.orders]:
         raise RunError(f"{path}: cells: {strange[0].id} is of no method and order of the bench; restore the file")
     results, cells = {}, []
@@ -162,13 +162,6 @@ def _read_bench(folder: Path) -> Bench:
             results[cell.id] = Result.load(file)
         cells.append(cell)
     return bench.model_copy(update={"cells": cells, "results": results})
-
-
-def _fill(method: Any) -> None:
-    """Give a method the settings that were not known when its bench was started, as they were in effect."""
-    if isinstance(method, dict) and method.get("method") in method_names() and isinstance(method.get("settings"), dict):
-        for key, value in method_settings(method["method"]).unrecorded.items():
-            method["settings"].setdefault(key, value)
 
 
 def merged(benches: Sequence[Bench]) -> list[Bench]:
