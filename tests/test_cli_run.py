@@ -1,5 +1,6 @@
 """The commands that learn and those that use what was learned."""
 
+import gzip
 import io
 import itertools
 import json
@@ -112,11 +113,14 @@ def test_predict(learned, moecl, refuses, tmp_path):
         "predict", run, "--task", "tsk1"
     )
     assert "no task '" in refuses("predict", run, "--task", learned / "new.yaml")
-    assert "give a file of JSONL rows or plain lines" in refuses("predict", run, "no.txt", "--task", "task1")
-    assert "rows.csv: a table, and lines are read; make it JSONL" in refuses(
-        "predict", run, "rows.csv", "--task", "task1"
-    )
-    assert "give a file of JSONL rows or plain lines" in refuses("predict", run, tmp_path, "--task", "task1")
+    assert "give a file of rows, or of plain lines" in refuses("predict", run, "no.txt", "--task", "task1")
+    assert "rows.csv: no such file" in refuses("predict", run, "rows.csv", "--task", "task1")
+    table, packed = tmp_path / "rows.csv", tmp_path / "rows.jsonl.gz"
+    table.write_text("id,text\n7,warm tea\n8,sour day\n")
+    packed.write_bytes(gzip.compress(file.read_bytes()))
+    assert moecl("predict", run, table, "--task", "task1") == plain
+    assert moecl("predict", run, packed, "--task", "task1") == plain
+    assert "give a file of rows, or of plain lines" in refuses("predict", run, tmp_path, "--task", "task1")
 
 
 def test_predict_decides_by_thresholds(learned, moecl, refuses, tmp_path):

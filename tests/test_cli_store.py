@@ -93,6 +93,8 @@ def test_from_one_version_to_another(moecl, refuses, run, tmp_path):
     assert moecl("compare", run, run / "result.json").status == 3, "the run of the file, too"
     against = moecl("review", run, "--against", run, "--json")
     assert list(json.loads(against.out)["against"]["tasks"]) == ["task1"]
+    against = moecl("review", run, "--against", run, "--rescore", "--json")
+    assert list(json.loads(against.out)["against"]["tasks"]) == ["task1", "task0"]
     assert refuses("delete", run, "task0@1").endswith(
         "first (`moecl rollback RUN task0 --to 2`), or delete the whole task (task0)"
     )

@@ -235,7 +235,8 @@ app.command(cls=cli_bench.BenchCommand, epilog=cli_bench.EPILOG)(cli_bench.bench
 def predict(
     run: RunOrStore,
     file: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="JSONL rows or plain lines; default, or -, standard input.")
+        Path | None,
+        typer.Argument(metavar="FILE", help="Rows (JSONL, CSV ...) or plain lines; else standard input."),
     ] = None,
     task: Annotated[
         str | None,

@@ -100,9 +100,9 @@ def compare(
     print(to_json(found)) if as_json else show(out, found)
     if not found.failed:
         return 0
-    err.print(
-        f"moecl: failed: {', '.join(found.failed)}{swapped(tasks)}", highlight=False, markup=False, soft_wrap=True
-    )
+    from moecl.show import say
+
+    say(err, f"moecl: failed: {', '.join(found.failed)}{swapped(tasks)}")
     return FAILED
 
 
@@ -151,12 +151,12 @@ def predicted(file: Path, old: Path, new: Path, device: str, route: str | None) 
 
 def read_texts(file: Path) -> list[str]:
     from moecl.config import Task
-    from moecl.data.task import rows_from_lines
-    from moecl.predict_lines import lines_of
+    from moecl.data.task import example
+    from moecl.predict_lines import rows_of
 
     task = Task(name="general", kind="classification", instruction="{text}")
-    with lines_of(file) as lines:
-        texts = [example.text or "" for example in rows_from_lines(lines, task, str(file))]
+    with rows_of(file) as rows:
+        texts = [example(row, task, place).text or "" for place, row in rows]
     if not texts:
         raise DataError(f"--general {file}: the file is empty; give texts, one a line")
     return texts

@@ -62,14 +62,13 @@ def review(
     """
     from moecl.review import Target
     from moecl.review_measure import review as reviewed
-    from moecl.review_rows import of_run
-    from moecl.using import not_as_tested
+    from moecl.show import say
 
     if device != "auto" and not rescore:
         raise ConfigError("--device: is for --rescore; the rows are scored already")
     target = Target.of(precision, confidence)
     pairs, skipped = gathered(run, validation, test, tasks or [], device if rescore else None)
-    second, left_out = (None, {}) if against is None else of_run(against, [], not_as_tested(against))
+    second, left_out = (None, {}) if against is None else answers_of(against, [], device if rescore else None)
     thresholds, found = reviewed(pairs, target, skipped, second, left_out)
     names = [path.resolve().name for path in (run or Path("files"), against) if path is not None]
     folder = output or (run / "review" if run else None)
@@ -80,25 +79,18 @@ def review(
         show(out, found, names)
     where = "no files written; -o DIR writes them" if folder is None else f"written to {folder}"
     for note in [*missing, where]:
-        err.print(note, highlight=False, markup=False, soft_wrap=True)
+        say(err, note)
 
 
 def gathered(
     run: Path | None, validation: Path | None, test: Path | None, tasks: list[str], rescore_on: str | None
 ) -> "tuple[dict[str, Pair], dict[str, str]]":
-    from moecl.eval_run import rescorable
-    from moecl.review_rows import of_files, of_run
-    from moecl.using import not_as_tested
+    from moecl.review_rows import of_files
 
     if run is not None:
         if validation or test:
             raise ConfigError(f"--{'validation' if validation else 'test'}: is for rows without a run; leave {run} out")
-        moved = without_rows(run) | not_as_tested(run)
-        anew = [name for name in rescorable(run, moved) if not tasks or name in tasks] if moved else []
-        if rescore_on is None:
-            moved |= {name: f"{moved[name]}; --rescore answers its rows anew" for name in anew}
-            anew = []
-        return of_run(run, tasks, moved, answered_anew(run, anew, rescore_on or "auto"))
+        return answers_of(run, tasks, rescore_on)
     if rescore_on is not None:
         raise ConfigError("--rescore: needs a run, whose tasks answer the rows; give its folder")
     if validation is None or test is None:
@@ -107,6 +99,20 @@ def gathered(
     if len(tasks) > 1:
         raise ConfigError(f"--task {tasks[1]}: files hold one task; give one name")
     return of_files(validation, test, tasks[0] if tasks else test.name.partition(".")[0]), {}
+
+
+def answers_of(run: Path, tasks: list[str], rescore_on: str | None) -> "tuple[dict[str, Pair], dict[str, str]]":
+    """The scored rows of a run's tasks, answered anew where the run's own do not say how they answer now."""
+    from moecl.eval_run import rescorable
+    from moecl.review_rows import of_run
+    from moecl.using import not_as_tested
+
+    moved = without_rows(run) | not_as_tested(run)
+    anew = [name for name in rescorable(run, moved) if not tasks or name in tasks] if moved else []
+    if rescore_on is None:
+        moved |= {name: f"{moved[name]}; --rescore answers its rows anew" for name in anew}
+        anew = []
+    return of_run(run, tasks, moved, answered_anew(run, anew, rescore_on or "auto"))
 
 
 def without_rows(run: Path) -> dict[str, str]:
@@ -155,13 +161,14 @@ def write(folder: Path, thresholds: "Thresholds", found: "Review", names: list[s
 
 def show(console: Console, found: "Review", names: list[str]) -> None:
     from moecl.review_tables import asked, notes, tables
+    from moecl.show import say
 
-    console.print(asked(found.target), highlight=False, markup=False)
+    say(console, asked(found.target))
     for table in tables(found, *names):
-        console.print(f"\n{table.title}", highlight=False, markup=False, style="bold")
+        say(console, f"\n{table.title}", style="bold")
         console.print(drawn(table))
     for note in notes(found):
-        console.print(note, highlight=False, markup=False, soft_wrap=True, style="yellow")
+        say(console, note, style="yellow")
 
 
 def drawn(table: "Table") -> "RichTable":

@@ -93,5 +93,7 @@ def serve(
 
 
 def ready(address: str, library: "Library") -> None:
+    from moecl.show import say
+
     names = ", ".join(library.now.names) or "no task yet"
-    err.print(f"serving {names} at {address}; Ctrl-C stops", highlight=False, markup=False, soft_wrap=True)
+    say(err, f"serving {names} at {address}; Ctrl-C stops")

@@ -204,7 +204,9 @@ def files(count: int) -> str:
 
 
 def done(message: str) -> None:
-    out.print(message, highlight=False, markup=False, soft_wrap=True)
+    from moecl.show import say
+
+    say(out, message)
 
 
 COMMANDS: dict[Callable[..., None], str] = {

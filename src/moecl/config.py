@@ -18,6 +18,7 @@ Kind = Literal["classification", "generation"]
 Metric = Literal["accuracy", "macro_f1", "exact_match", "rouge_l"]
 Head = Literal["lm", "classifier"]
 
+ANSWER_FIELDS: dict[str, str] = {"classification": "label", "generation": "completion"}
 INSTRUCTIONS: dict[str, str] = {"classification": "{text}\nAnswer:", "generation": "{prompt}"}
 TASK_METRICS: dict[str, tuple[Metric, ...]] = {
     "classification": ("accuracy", "macro_f1"),
@@ -39,6 +40,9 @@ class Task(Settings):
         default="",
         description="what the model reads; {field} stands for a field of the row, and the answer follows after a space",
         json_schema_extra={"default": "{text}\\nAnswer:, for generation {prompt}"},
+    )
+    answer_field: str | None = Field(
+        default=None, min_length=1, description="the field of a row that is learned; null: label, or completion"
     )
     labels: dict[str, str] | None = Field(
         default=None,
@@ -92,6 +96,11 @@ class Task(Settings):
                 f"{show(instruction)} has no field of a row in it; write {{text}} where the row's text belongs"
             )
         return instruction
+
+    @property
+    def answered_by(self) -> str:
+        """The field of a row that has its answer."""
+        return self.answer_field or ANSWER_FIELDS[self.kind]
 
     @field_validator("labels", mode="before")
     @classmethod

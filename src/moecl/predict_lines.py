@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moecl.store import Store, TaskRecord
 
 STEP = 64  # rows that are answered at once
+Placed = tuple[str, str | Mapping[str, Any]]  # (`file:line`, a text or a row)
 
 
 def answers(
@@ -46,16 +47,16 @@ def answers(
         if thresholds is None
         else Thresholds.load(thresholds).of(record.name, record.task.labels or (), record.parts, thresholds)
     )
-    with lines_of(file) as lines:
-        first = next(lines, None)
+    with rows_of(file) as rows:
+        first = next(rows, None)
         if first is None:
             return
-        from moecl.data.task import rows_from_lines
+        from moecl.data.task import example
         from moecl.engine import Engine
 
         engine = Engine(load(store, device, expert_memory))
-        rows = rows_from_lines(chain([first], lines), record.task, "stdin" if file is None else str(file))
-        for chunk in chunks(rows, 1 if file is None and sys.stdin.isatty() else STEP):
+        examples = (example(row, record.task, place) for place, row in chain([first], rows))
+        for chunk in chunks(examples, 1 if file is None and sys.stdin.isatty() else STEP):
             found = engine.predict(chunk, asked, max_tokens)
             yield [answer(one, record, row.label, levels) for one, row in zip(found, chunk, strict=True)]
 
@@ -71,18 +72,16 @@ def routed_answers(
     """The same where nobody says which task: lines also have the task that answered, and what decided it."""
     records = {one.name: one for one in store.tasks()}
     levels = None if thresholds is None else levels_of(records.values(), thresholds)
-    with lines_of(file) as lines:
-        first = next(lines, None)
+    with rows_of(file) as rows:
+        first = next(rows, None)
         if first is None:
             return
-        from moecl.data.task import plain_rows
         from moecl.engine import Engine
         from moecl.routed import predict
 
         model = load(store, device, expert_memory)
         engine, router = Engine(model), router_of(model, store)
-        rows = plain_rows(chain([first], lines), "stdin" if file is None else str(file))
-        for chunk in chunks(rows, 1 if file is None and sys.stdin.isatty() else STEP):
+        for chunk in chunks(chain([first], rows), 1 if file is None and sys.stdin.isatty() else STEP):
             yield [
                 routed_answer(one, records, true_label(row, engine, one.route.task), levels)
                 for one, (_, row) in zip(predict(engine, router, chunk, max_tokens), chunk, strict=True)
@@ -149,17 +148,20 @@ def chunks(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 @contextmanager
-def lines_of(file: Path | None) -> Iterator[Iterator[bytes]]:
+def rows_of(file: Path | None) -> Iterator[Iterator[Placed]]:
+    """The rows of a table or of lines, JSON objects or plain texts, in order and with their places."""
+    from moecl.data.rows import read_rows
+    from moecl.data.task import plain_rows
+
     if file is None:
-        yield iter(sys.stdin.buffer)
+        yield plain_rows(sys.stdin.buffer)
         return
-    if file.suffix.lower() == ".gz":
-        raise DataError(f"{file}: is packed, and lines are read; `gunzip -k {file}` unpacks it")
-    if file.suffix.lower() in TABLES:
-        raise DataError(f"{file}: a table, and lines are read; make it JSONL, a row a line, with the columns as keys")
+    if file.suffix.lower() in (*TABLES, ".gz"):
+        yield read_rows(str(file))
+        return
     try:
         opened = file.open("rb")
     except OSError as error:
-        raise DataError(f"{file}: {error.strerror}; give a file of JSONL rows or plain lines") from error
+        raise DataError(f"{file}: {error.strerror}; give a file of rows, or of plain lines") from error
     with opened:
-        yield iter(opened)
+        yield plain_rows(opened, str(file))

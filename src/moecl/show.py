@@ -170,8 +170,8 @@ def plain_table(*left: str, **columns: str) -> Table:
     return table
 
 
-def say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+def say(console: Console, line: str, style: str | None = None) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True, style=style)
 
 
 def show_score(score: float | None) -> str:

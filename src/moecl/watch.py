@@ -10,7 +10,7 @@ from rich.constrain import Constrain
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from moecl.show import show_score
+from moecl.show import say, show_score
 from moecl.train import Watcher
 
 
@@ -33,7 +33,7 @@ class PlainWatcher(Watcher):
 
     def say(self, message: str) -> None:
         self._said = time.monotonic()
-        self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, message)
 
     def _due(self, what: str, done: int, last: bool) -> bool:
         """Whether a repeated message is to be said now; it is said once."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moecl.config import Task, TaskConfig
-from moecl.data.task import example, load_task_data, overlaps, read_split, rows_from_lines, template
+from moecl.data.task import example, load_task_data, overlaps, plain_rows, read_split, template
 from moecl.errors import ConfigError, DataError
 
 ROWS = [{"text": "a fine film", "label": "positive"}, {"text": "two\nlines, “quoted” é", "label": "negative"}]
@@ -114,6 +114,28 @@ def config(tmp_path, train, test=None, **more):
     return TaskConfig(name="t", **({"kind": "classification"} | more), **sources)
 
 
+def test_the_answer_may_stand_in_a_field_of_any_name(tmp_path):
+    path = write(tmp_path / "x.csv", "label,sentence,mood\n7,fine,good\n8,dull,bad\n")
+    config = TaskConfig(
+        name="m", kind="classification", instruction="{label}: {sentence}", answer_field="mood", train=path
+    )
+    data = load_task_data(config)
+    assert [row.label for row in data.train.examples] == ["good", "bad"]
+    assert list(data.task.labels) == ["bad", "good"]
+    assert data.train.examples[0].fields == {"label": "7", "sentence": "fine"}
+    assert example({"label": "7", "sentence": "fine", "mood": "bad"}, data.task).label == "bad"
+    with pytest.raises(DataError, match="mood: 'worse' is not one of bad, good"):
+        example({"label": "7", "sentence": "fine", "mood": "worse"}, data.task, answered=True)
+    with pytest.raises(DataError, match=r"\{mood\} would show the model the answer"):
+        example({"mood": "bad"}, data.task.model_copy(update={"instruction": "{mood}"}))
+    told = CHAT.model_copy(update={"answer_field": "reply"})
+    assert example({"prompt": "hi", "reply": "ho"}, told, answered=True).completion == "ho"
+    with pytest.raises(
+        DataError, match=r"reply: the row has no such field, only prompt, completion; rename .*answer_field"
+    ):
+        example({"prompt": "hi", "completion": "ho"}, told, answered=True)
+
+
 def test_labels_are_found_in_the_training_rows(tmp_path):
     train = [{"text": str(n), "label": label} for n, label in enumerate(["b", 2, "a", "b"])]
     data = load_task_data(config(tmp_path, train, [{"text": "x", "label": "a"}]))
@@ -206,16 +228,20 @@ def test_unusable_generation_rows(tmp_path, row, message):
         read_split(write(tmp_path / "x.jsonl", jsonl([row])), CHAT)
 
 
+def to_answer(lines, task, source="stdin"):
+    return [example(row, task, place) for place, row in plain_rows(lines, source)]
+
+
 def test_rows_to_predict_need_no_label():
     lines = ['\ufeff{"text": "a", "label": "unheard of"}\n', "\n", '{"text": "b"}\n']
-    assert [(row.text, row.label, row.where) for row in rows_from_lines(lines, REVIEWS)] == [
+    assert [(row.text, row.label, row.where) for row in to_answer(lines, REVIEWS)] == [
         ("a", None, "stdin:1"),
         ("b", None, "stdin:3"),
     ]
     plain = [b"\xef\xbb\xbf{a} film\r\n", b'  {"x\n', "déjà vu\n".encode(), b"\n", b"\n"]
-    assert [row.text for row in rows_from_lines(plain, REVIEWS, "f")] == ["{a} film", '  {"x', "déjà vu"]
+    assert [row.text for row in to_answer(plain, REVIEWS, "f")] == ["{a} film", '  {"x', "déjà vu"]
     body = Task(name="t", kind="generation", instruction="Sum up: {body}")
-    assert [row.text for row in rows_from_lines(["long story"], body)] == ["long story"]
+    assert [row.text for row in to_answer(["long story"], body)] == ["long story"]
 
 
 @pytest.mark.parametrize(
@@ -230,10 +256,10 @@ def test_rows_to_predict_need_no_label():
 )
 def test_unusable_rows_to_predict(lines, message):
     with pytest.raises(DataError, match=message):
-        list(rows_from_lines(lines, REVIEWS))
+        to_answer(lines, REVIEWS)
 
 
 def test_plain_lines_fill_one_field():
     task = Task(name="t", kind="classification", instruction="{title}: {text}", labels=["a", "b"])
     with pytest.raises(DataError, match=r'a plain text fills one field; give .* as JSON: {"title": ..., "text": ...}'):
-        list(rows_from_lines(["x"], task))
+        to_answer(["x"], task)

@@ -18,7 +18,6 @@ from moecl.data.rows import decode_line, parse_object, read_rows
 from moecl.errors import ConfigError, DataError, near
 
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}\n]+)\}|[{}]")
-_ANSWERS = {"classification": "label", "generation": "completion"}
 _SHOWN = 60  # characters of a value, and about as many labels, that an error still shows
 
 
@@ -132,14 +131,6 @@ def read_split(source: str, task: Task, limit: int | None = None, name: str = "t
         row = [_inputs(one, task), one.label, one.completion]
         digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
     return Split(source, examples, digest.hexdigest())
-
-
-def rows_from_lines(lines: Iterable[str | bytes], task: Task, source: str = "stdin") -> Iterator[Example]:
-    """Rows to answer, one at a time, as `plain_rows` has them. No label is needed.
-
-    A plain line fills the one field that the instruction has. Raises `DataError` (`source:line`).
-    """
-    return (example(row, task, place) for place, row in plain_rows(lines, source))
 
 
 def plain_rows(lines: Iterable[str | bytes], source: str = "stdin") -> Iterator[tuple[str, str | dict[str, Any]]]:
@@ -258,19 +249,18 @@ def _example(where: str, row: Mapping[str, Any], task: Task, *, answered: bool) 
     parsed = template(task.instruction)
     if row.get("messages") is not None and (task.kind == "generation" or parsed.cut not in row):
         return _dialogue(where, row["messages"], task, answered)
-    answer = _ANSWERS[task.kind]
-    fields = {name: _text_form(value) for name, value in row.items() if name != answer and _is_scalar(value)}
+    fields = {name: _text_form(value) for name, value in row.items() if name != task.answered_by and _is_scalar(value)}
     for name in dict.fromkeys(parsed.names):
         _check_field(where, name, row, task, answered=answered, cut=name == parsed.cut)
     label = (
         (_label(where, row, task) if answered else _known_label(row, task)) if task.kind == "classification" else None
     )
-    completion = _completion(where, row) if answered and task.kind == "generation" else None
+    completion = _completion(where, row, task) if answered and task.kind == "generation" else None
     return Example(fields[parsed.cut], fields, label, completion, None, where)
 
 
 def _check_field(where: str, name: str, row: Mapping[str, Any], task: Task, *, answered: bool, cut: bool) -> None:
-    if name == _ANSWERS[task.kind]:
+    if name == task.answered_by:
         raise DataError(f"{where}: instruction: {{{name}}} would show the model the answer; remove it")
     value = _present(where, name, row, "" if name in row else _remedy(task, answered))
     if not (isinstance(value, str) if cut else _is_scalar(value)):
@@ -298,26 +288,29 @@ def _present(where: str, name: str, row: Mapping[str, Any], remedy: str) -> Any:
 
 
 def _label(where: str, row: Mapping[str, Any], task: Task) -> str:
-    value = _present(where, "label", row, "; rename the field that holds the label")
+    name = task.answered_by
+    value = _present(
+        where, name, row, "; rename the field that holds the label, or give its name in the task as answer_field"
+    )
     forms = _label_forms(value)
     if not forms or not forms[0].strip():
         choices = _listed(task.labels) if task.labels else "a string"
-        raise DataError(f"{where}: label: {_show(value)} is not a label; give {choices}")
-    _check_unicode(where, "label", forms[0])
+        raise DataError(f"{where}: {name}: {_show(value)} is not a label; give {choices}")
+    _check_unicode(where, name, forms[0])
     if not task.labels:
         return forms[0]
     for form in forms:
         if form in task.labels:
             return form
     raise DataError(
-        f"{where}: label: {_show(value)} is not one of {_listed(task.labels)}{near(forms[0], task.labels)}; "
+        f"{where}: {name}: {_show(value)} is not one of {_listed(task.labels)}{near(forms[0], task.labels)}; "
         "correct the row, or add it to the task's labels"
     )
 
 
 def _known_label(row: Mapping[str, Any], task: Task) -> str | None:
     """The label of a row that needs none: what else stands there is none of the task's business."""
-    return next((form for form in _label_forms(row.get("label")) if form in (task.labels or ())), None)
+    return next((form for form in _label_forms(row.get(task.answered_by)) if form in (task.labels or ())), None)
 
 
 def _label_forms(value: Any) -> list[str]:
@@ -335,13 +328,16 @@ def _label_forms(value: Any) -> list[str]:
     return []
 
 
-def _completion(where: str, row: Mapping[str, Any]) -> str:
-    value = _present(where, "completion", row, "; rename the field that holds the answer")
+def _completion(where: str, row: Mapping[str, Any], task: Task) -> str:
+    name = task.answered_by
+    value = _present(
+        where, name, row, "; rename the field that holds the answer, or give its name in the task as answer_field"
+    )
     if not isinstance(value, str):
-        raise DataError(f"{where}: completion: {_show(value)} is of type {type(value).__name__}, not a string")
+        raise DataError(f"{where}: {name}: {_show(value)} is of type {type(value).__name__}, not a string")
     if not value.strip():
-        raise DataError(f"{where}: completion: it is empty; remove the row or fill it in")
-    _check_unicode(where, "completion", value)
+        raise DataError(f"{where}: {name}: it is empty; remove the row or fill it in")
+    _check_unicode(where, name, value)
     return value
 
 

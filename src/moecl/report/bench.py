@@ -110,7 +110,7 @@ def _significance(found: Sequence[Standing]) -> Iterator[Block]:
     ]
     if first and others:
         yield _compared(f"{first.label}, the leader, less each other method", others)
-    ours = next((one for one in found if one.method == OURS), None)  # the best of them: standings are sorted
+    ours = max((one for one in found if one.method == OURS), key=lambda one: len(one.results), default=None)
     rival = best_rival(ours, found) if ours else None
     if ours and rival and rival.other.method != ours.method:
         yield _compared(f"{ours.label} less its best rival", [rival])
