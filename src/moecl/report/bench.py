@@ -112,7 +112,7 @@ def _significance(found: Sequence[Standing]) -> Iterator[Block]:
         yield _compared(f"{first.label}, the leader, less each other method", others)
     ours = max((one for one in found if one.method == OURS), key=lambda one: len(one.results), default=None)
     rival = best_rival(ours, found) if ours else None
-    if ours and rival and rival.other.method != ours.method:
+    if ours and ours is not first and rival and rival.other.method != ours.method:
         yield _compared(f"{ours.label} less its best rival", [rival])
 
 
