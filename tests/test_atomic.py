@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moecl._atomic import atomic_write, lock_file, remove_drafts, sync_folder
+from moecl._atomic import atomic_write, is_locked, lock_file, remove_drafts, sync_folder
 from moecl.errors import BusyError, RunError, StoreError
 
 HOLDER = """
@@ -157,6 +157,13 @@ def test_lock_is_held_within_a_process_and_free_after(tmp_path: Path) -> None:
         (tmp_path / "lock").write_text("{")  # it has the lock but has not said who it is
         with pytest.raises(BusyError, match="another process"), lock_file(tmp_path / "lock"):
             pass
+
+
+def test_whether_a_lock_is_held(tmp_path: Path) -> None:
+    assert not is_locked(tmp_path / "lock"), "there is none"
+    with lock_file(tmp_path / "lock"):
+        assert is_locked(tmp_path / "lock")
+    assert not is_locked(tmp_path / "lock")
 
 
 def test_lock_in_an_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

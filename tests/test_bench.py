@@ -400,8 +400,13 @@ def test_a_grown_grid_that_is_cut_off_goes_on(tmp_path, tiny_folder):
     out = tmp_path / "out"
     run_here(tiny_bench(tmp_path, tiny_folder, tune=TUNED), out)
     grown = load_bench(write_bench(tmp_path, tiny_folder, tune=GROWN))
+    before = record(out)
     Bench(grown, out).save()  # as where it stops before the first new trial is over
-    assert record(out)["methods"]["moe-cl"]["tuned"]["chosen"] == {"train.lr": 0.05}
+    kept = {key: value for key, value in record(out).items() if key in ("methods", "cells")}
+    assert kept.items() <= before.items(), "its cells are of the smaller grid, and done"
+    assert run_here(tiny_bench(tmp_path, tiny_folder, tune=TUNED), out)[1].did == [], "which may come back"
+    write_bench(tmp_path, tiny_folder, tune=GROWN)
+    Bench(grown, out).save()
     bench, pool = run_here(grown, out)
     assert pool.did == ["moe-cl.trial3", "moe-cl.trial4"]
     assert statuses(bench) == {"moe-cl.stream.s0": "done"}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moecl.bench import Bench
-from moecl.bench_config import describe_bench, load_bench, slug
+from moecl.bench_config import TuneConfig, describe_bench, load_bench, slug
 from moecl.bench_tune import chosen, trial_settings, trial_stream, validation_score
 from moecl.config import MoECLConfig
 from moecl.errors import ConfigError, RunError
@@ -170,6 +170,10 @@ def test_a_wrong_search_is_refused(old, new, said):
 def test_a_trial_needs_validation_rows():
     Path("stream.yaml").write_text(STREAM.replace("validation: v.jsonl, ", "", 1))
     assert "tune: task 'a' has no validation rows to choose by; give it some" in refusal(BENCH + TUNE)
+    config = bench(BENCH)
+    assert config.tune is None
+    tune = TuneConfig(trials=1)
+    assert trial_stream(config, tune, "slow", {}, ["b"]), "a trial learns the first order's tasks only"
 
 
 # Trials
@@ -199,7 +203,7 @@ def test_more_keys_for_one_method():
 def test_a_trial_cannot_read_a_test_row():
     config = bench(BENCH + TUNE)
     assert config.tune is not None
-    stream = trial_stream(config, config.tune, "slow", {"train.lr": 0.5})
+    stream = trial_stream(config, config.tune, "slow", {"train.lr": 0.5}, ["a", "b"])
     assert [task.test for task in stream.tasks] == [None, None]
     assert (stream.train.epochs, stream.train.lr) == (1, 0.5)
 

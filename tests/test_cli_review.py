@@ -11,6 +11,7 @@ import pytest
 
 from command_lines import calls, parse
 from moecl.cli import main
+from moecl.results import Items, Result, SplitInfo
 from moecl.review import Thresholds, decide
 from moecl.review_rows import of_run, read_scored
 from review_runs import LABELS, row, write_drawn_run, write_result, write_rows, write_run, write_seen
@@ -169,6 +170,34 @@ def test_tasks_that_the_second_run_cannot_answer_for_are_told(tmp_path, say):
     both = {name: {"validation": SURE, "test": SURE * 2} for name in ("t", "u")}
     run, other = write_run(tmp_path / "a", both), write_run(tmp_path / "b", {"t": both["t"]})
     assert "not compared: u: B has not learned it" in say(run, "--against", other)
+    (other / "predictions" / "t.test.jsonl").unlink()
+    said = "nothing to review (t: no predictions/t.test.jsonl)"
+    assert said in say(run, "--task", "t", "--against", other, status=2), "what B lacks of it is told"
+
+
+def test_a_damaged_task_that_is_not_asked_for_is_no_concern(tmp_path, say):
+    both = {name: {"validation": SURE, "test": SURE} for name in ("t", "u")}
+    run, other = write_run(tmp_path / "a", both), write_run(tmp_path / "b", both)
+    (other / "predictions" / "u.test.jsonl").write_text("{")
+    assert "t" in say(run, "--task", "t", "--against", other)
+
+
+def test_rows_with_the_same_labels_may_be_others(tmp_path, say):
+    runs = [write_run(tmp_path / name, {"t": {"validation": SURE, "test": SURE}}) for name in "ab"]
+    for run, digest in zip(runs, "01", strict=True):
+        result = Result.load(run / "result.json")
+        data = {"t": {"test": SplitInfo(sha256=digest * 64, rows=len(SURE))}}
+        result.model_copy(update={"data": data}).save(run / "result.json")
+    assert "its test rows or their labels are others" in say(runs[0], "--against", runs[1], status=2)
+    assert say(runs[0], "--against", runs[0])
+
+
+def test_a_label_called_review_skips_its_task_alone(tmp_path, say):
+    run = write_run(tmp_path / "run", {name: {"validation": SURE, "test": SURE} for name in ("t", "u")})
+    result = Result.load(run / "result.json")
+    items = {"u": Items(metric="accuracy", labels=["ok", "review"], true=[0], given=[0])}
+    result.model_copy(update={"items": items}).save(run / "result.json")
+    assert "skipped u: its label 'review' is the decision that asks a human" in say(run)
 
 
 def test_without_matplotlib_the_rest_is_written(tiny, capsys, monkeypatch):
@@ -250,7 +279,7 @@ def test_faulty_rows(lines, said, tmp_path, say):
         ("--validation RUN --test V.jsonl", "RUN: Is a directory; give a file of predictions"),
         ("--validation V.jsonl --test V.jsonl --task a --task b", "--task b: files hold one task; give one name"),
         ("bare", "bare/result.json: no such file; the run has no result yet"),
-        ("unscored", "unscored: has no predictions folder; learn it with `moecl train` of this version into"),
+        ("unscored", "unscored: nothing to review (t: no predictions/t.validation.jsonl); a review needs"),
         ("RUN -o V.jsonl", "V.jsonl: "),
     ],
 )

@@ -98,6 +98,7 @@ def test_a_drop_that_means_nothing(max_drop):
 
 def test_decide_forgives_rounding():
     assert decide(0.89 - 0.9, 0, 0, 0.01, "point") == "pass"
+    assert decide(float("nan"), 0, 0, 0.01, "point") == "fail"
 
 
 # --- texts of no task ---
@@ -120,6 +121,10 @@ def test_texts_without_a_token_to_predict():
     assert compare_texts(some, some, 0.01, "point").tokens == 2
     with pytest.raises(UserError, match="no token to predict"):
         compare_texts(*[TextLosses(losses=[0.0], tokens=[0])] * 2, 0.01, "point")
+    broken = TextLosses(losses=[0.0, float("nan")], tokens=[0, 2])
+    for sides, name in (((broken, some), "OLD"), ((some, broken), "NEW")):
+        with pytest.raises(UserError, match=f"{name} gives text 2 a loss that is not finite"):
+            compare_texts(*sides, 0.01, "strict")
     with pytest.raises(UserError, match="into other tokens"):
         compare_texts(some, TextLosses(losses=[0.0, 3.0], tokens=[0, 3]), 0.01, "point")
 

@@ -11,7 +11,7 @@ from moecl import metrics
 from moecl.config import StreamConfig, Task
 from moecl.course import Watcher
 from moecl.engine import Engine, Entry, GateUse, Prediction
-from moecl.eval_run import answered
+from moecl.eval_run import answered_splits, splits_of
 from moecl.evaluate import Answers
 from moecl.evidence import drift, figures, items, without_row
 from moecl.model import MoECL
@@ -153,5 +153,6 @@ def test_eval_says_what_the_run_said_in_bf16_too(tmp_path, tiny_folder):
     train = {**QUICK, "precision": "bf16"}
     learn(stream(tmp_path, tiny_folder, tasks=1, rows=48, method=method, train=train), tmp_path / "run")
     lines = (tmp_path / "run" / "predictions" / "task0.test.jsonl").read_text().splitlines()
-    [found] = answered(tmp_path / "run", [("task0", "test")], "cpu", "2GB", Watcher()).values()
+    splits = splits_of(tmp_path / "run", [("task0", "test")])
+    [found] = answered_splits(tmp_path / "run", splits, "cpu", "2GB", Watcher()).values()
     assert [one.scores for one in found.given] == [json.loads(line)["scores"] for line in lines]

@@ -38,6 +38,7 @@ BOTTOM = {
     "_explain",
     "_raw",
     "_settings",
+    "_markdown",
     "_sizes",
     "_yaml",
 }

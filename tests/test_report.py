@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from moecl import stats
+from moecl._atomic import lock_file
 from moecl.cli import main
 from moecl.errors import RunError, UserError
 from moecl.report import make
@@ -274,6 +276,28 @@ def test_a_method_that_is_trained_otherwise_in_another_bench_stands_apart(tmp_pa
     assert len(make(parts, tmp_path / "two.html").headlines) == 2
 
 
+def test_labels_that_are_one_as_a_files_name_are_not_mixed_up(tmp_path):
+    parts = [write_bench(tmp_path / name, methods=("moe-cl",), orders=("order1",), seeds=(0,)) for name in "ab"]
+    record = json.loads((parts[1] / "bench.json").read_text())
+    record["methods"] = {"MoE CL": record["methods"]["moe-cl"]}
+    record["cells"][0]["method"] = "MoE CL"
+    (parts[1] / "bench.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match=r"moe-cl.order1.s0 is of moe-cl, order1 in one bench and of MoE CL, order1 in"):
+        make(parts, tmp_path / "both.html")
+
+
+def test_a_bench_that_was_killed_runs_no_more(tmp_path):
+    started = [("moe-cl", "order1", 1, "running", None), ("ewc", "order1", 0, "running", None)]
+    folder = write_bench(tmp_path / "b", methods=("moe-cl", "ewc"), orders=("order1",), troubles=started)
+    with lock_file(folder / ".lock"):
+        assert "2 of 4 cells still running" in page(make([folder])).said
+    cells = folder / "cells"
+    shutil.copytree(cells / "moe-cl.order1.s0", cells / "moe-cl.order1.s1")
+    said = page(make([folder])).said
+    assert "1 of 4 cells not run yet, not in any number: ewc.order1.s0." in said
+    assert "still running" not in said
+
+
 def test_one_protocol_of_two_benches_says_what_both_have(tmp_path):
     parts = [write_bench(tmp_path / name, methods=(name,), orders=("order1",)) for name in ("moe-cl", "ewc")]
     record = json.loads((parts[1] / "bench.json").read_text())
@@ -372,6 +396,9 @@ def test_runs_are_compared(tmp_path, monkeypatch):
     assert rows[1][-3:] == ["-", "-", "-"]
     assert rows[2][-3:-1] == [f"{difference.mean:+.3f}", f"{difference.low:+.3f} to {difference.high:+.3f}"]
     assert rows[3][-3] == "other test rows"
+    path = folders[1] / "result.json"
+    path.write_text(path.read_text().replace(Result.load(path).data["dbpedia"]["test"].sha256, "0" * 64))
+    assert page(make(folders)).tables["Runs"][2][-3] == "other test rows", "their number and labels alone say little"
 
 
 def test_nothing_is_loaded_and_the_same_data_give_the_same_bytes(tmp_path, bench):

@@ -120,6 +120,21 @@ def lock_file(path: Path, *, error: type[UserError] = RunError) -> Iterator[None
         os.close(file)
 
 
+def is_locked(path: Path) -> bool:
+    """Whether some process holds the lock at `path`."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
+
+
 def _write_holder(file: int) -> None:
     since = datetime.now().astimezone().isoformat(timespec="seconds")
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "command": shlex.join(sys.argv)}

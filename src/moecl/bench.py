@@ -27,7 +27,7 @@ from moecl.bench_record import (
 from moecl.bench_tune import chosen, trial_settings, trial_stream, validation_score
 from moecl.config import StreamConfig
 from moecl.errors import ConfigError, RunError, near
-from moecl.run_folder import LOCK, RunFolder, differences
+from moecl.run_folder import LOCK, RESULT, RunFolder, differences
 
 TICK = 0.25  # seconds between two looks at what runs
 
@@ -117,7 +117,7 @@ class Bench:
         tried = (self._recorded(label).get("tune") or {}).get("trials", [])
         for number, settings in enumerate(trial_settings(self.config, tune, label, tried), 1):
             id = f"{slug(label)}.trial{number}"
-            stream = trial_stream(self.config, tune, label, settings)
+            stream = trial_stream(self.config, tune, label, settings, order)
             folder = self.out / "trials" / slug(label) / str(number)
             found.append(Trial(id, label, folder, self._settled(stream, tune.seed, order, id), settings=settings))
         return found
@@ -265,7 +265,7 @@ class Bench:
 
     def _is_spoilt(self, job: Job) -> bool:
         """Whether trying again is of no use: its result is there and cannot be read."""
-        return (job.folder / "result.json").is_file()
+        return (job.folder / RESULT).is_file()
 
     @contextmanager
     def _tidied(self, pool: Pool) -> Iterator[None]:
@@ -412,7 +412,10 @@ class Bench:
 
     def as_record(self) -> dict[str, Any]:
         """bench.json."""
-        streams = {label: self._described(label, self._stream(label)) for label in self.config.methods}
+        streams = {
+            label: (self._kept(label) or {}).get("stream") or self._described(label, self._stream(label))
+            for label in self.config.methods
+        }
         base = next(iter(streams.values()))["base"]
         return {
             "schema": SCHEMA,
@@ -429,22 +432,29 @@ class Bench:
                     "method": cell.label,
                     "order": cell.order,
                     "seed": cell.seed,
-                    "status": cell.status,
+                    "status": self._status(cell),
                     "reason": cell.reason,
                 }
                 for cell in self.cells
             ],
         }
 
+    def _status(self, cell: Cell) -> str:
+        """A finished cell stays so while more trials of its method are run."""
+        known = cell.label not in self.tuned and (cell.folder / RESULT).is_file()
+        return "done" if known and cell.status == "waiting" else cell.status
+
     def _method_record(self, label: str, stream: dict[str, Any]) -> dict[str, Any]:
-        tuned = self.tuned.get(label)
-        if label not in self.tuned and self._begun(label) and (before := self._recorded(label)):
-            tuned, stream = before["tuned"], before["stream"]  # its cells are those of the smaller grid's choice
-        return {
+        return self._kept(label) or {
             "method": self.config.method(label),
             "settings": {key: value for key, value in stream["method"].items() if key != "name"},
             "tune": self._tune(label),
-            "tuned": tuned,
+            "tuned": self.tuned.get(label),
             "trained_parameters": self.parameters.get(label),
             "stream": stream,
         }
+
+    def _kept(self, label: str) -> dict[str, Any] | None:
+        """What was recorded of a method whose grid has grown, until its new trials are over: its cells are of that."""
+        unsettled = label not in self.tuned and self._begun(label)
+        return self._recorded(label) or None if unsettled else None

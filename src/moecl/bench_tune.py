@@ -58,11 +58,13 @@ def _drawn(search: Mapping[str, Sequence[Any]], seed: int) -> Iterator[dict[str,
         yield changes
 
 
-def trial_stream(config: BenchConfig, tune: TuneConfig, label: str, changes: Mapping[str, Any]) -> StreamConfig:
-    """What a trial learns: the tasks have no test rows, so that none can be read."""
+def trial_stream(
+    config: BenchConfig, tune: TuneConfig, label: str, changes: Mapping[str, Any], order: Sequence[str]
+) -> StreamConfig:
+    """What a trial, which learns the tasks of `order`, learns: they have no test rows, so that none can be read."""
     stream = config.stream_of(label, config.applicable(label, tune.set), changes)
     for task in stream.tasks:
-        if task.validation is None:
+        if task.validation is None and task.name in order:
             raise ConfigError(
                 f"tune: task {show(task.name)} has no validation rows to choose by; give it some, or remove tune"
             )

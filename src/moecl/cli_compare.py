@@ -13,6 +13,7 @@ from moecl.terminal import quietly, watched
 if TYPE_CHECKING:
     from moecl.compare import Comparison, Decides, TaskChange, TextLosses
     from moecl.results import Result
+    from moecl.store import Store
 
 EXAMPLES = """moecl compare runs/released runs/candidate
 moecl compare runs/released runs/candidate --max-drop 0.02 --confident -o compare.json
@@ -108,16 +109,17 @@ def compare(
 
 def tested(path: Path, result: "Result", rescore: bool, device: str) -> "tuple[Result, dict[str, str]]":
     """A result, and why tasks do not answer as it says; with `rescore` as they answer now, where they do."""
-    from moecl.eval_run import retested
-    from moecl.using import not_as_tested, open_store
+    from moecl.config import TASK_METRICS
+    from moecl.eval_run import rescorable, retested
+    from moecl.using import not_as_tested
 
     run = path if path.is_dir() else path.parent
     if not (moved := not_as_tested(run, result)):
         return result, {}
-    anew = [one.name for one in open_store(run).tasks() if one.name in moved]
+    anew = rescorable(run, moved, ["test"], TASK_METRICS)
     if not rescore:
         return result, moved | {name: f"{moved[name]} (--rescore answers its rows anew)" for name in anew}
-    if not anew:  # retired or deleted, all of them
+    if not anew:
         return result, moved
     with watched(err) as watching:
         result = retested(run, result, anew, device, watching)
@@ -137,16 +139,21 @@ def predicted(file: Path, old: Path, new: Path, device: str, route: str | None) 
     texts = read_texts(file)
     stores = [open_store(path if path.is_dir() else path.parent) for path in (old, new)]
     with quietly(), err.status("reading the texts"):
-        from moecl.engine import Engine
-        from moecl.general import text_losses
-        from moecl.using import load, router_of
+        before, after = (losses_of(texts, store, device, route) for store in stores)
+    return before, after
 
-        found = []
-        for store in stores:
-            model = load(store, device, "2GB")
-            names = [one.task for one in router_of(model, store).route(texts)] if route else None
-            found.append(text_losses(Engine(model), texts, names))
-    return found[0], found[1]
+
+def losses_of(texts: list[str], store: "Store", device: str, route: str | None) -> "TextLosses":
+    from moecl.engine import Engine
+    from moecl.general import text_losses
+    from moecl.using import load, router_of
+
+    model = load(store, device)
+    try:
+        names = [one.task for one in router_of(model, store).route(texts)] if route else None
+        return text_losses(Engine(model), texts, names)
+    finally:
+        model.detach()  # hooks hold the model in a cycle, and there may be no room for two
 
 
 def read_texts(file: Path) -> list[str]:
@@ -195,7 +202,7 @@ def show(console: Console, found: "Comparison") -> None:
 
 
 def signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.3f}"
+    return "-" if value is None else f"{round(value, 3) + 0.0:+.3f}"
 
 
 def within(low: float | None, high: float | None) -> str:

@@ -68,7 +68,7 @@ def review(
         raise ConfigError("--device: is for --rescore; the rows are scored already")
     target = Target.of(precision, confidence)
     pairs, skipped = gathered(run, validation, test, tasks or [], device if rescore else None)
-    second, left_out = (None, {}) if against is None else answers_of(against, [], device if rescore else None)
+    second, left_out = (None, {}) if against is None else answers_of(against, list(pairs), device if rescore else None)
     thresholds, found = reviewed(pairs, target, skipped, second, left_out)
     names = [path.resolve().name for path in (run or Path("files"), against) if path is not None]
     folder = output or (run / "review" if run else None)
@@ -85,11 +85,12 @@ def review(
 def gathered(
     run: Path | None, validation: Path | None, test: Path | None, tasks: list[str], rescore_on: str | None
 ) -> "tuple[dict[str, Pair], dict[str, str]]":
-    from moecl.review_rows import of_files
+    from moecl.review_rows import check_names, of_files
 
     if run is not None:
         if validation or test:
             raise ConfigError(f"--{'validation' if validation else 'test'}: is for rows without a run; leave {run} out")
+        check_names(run, tasks)
         return answers_of(run, tasks, rescore_on)
     if rescore_on is not None:
         raise ConfigError("--rescore: needs a run, whose tasks answer the rows; give its folder")
@@ -108,7 +109,8 @@ def answers_of(run: Path, tasks: list[str], rescore_on: str | None) -> "tuple[di
     from moecl.using import not_as_tested
 
     moved = without_rows(run) | not_as_tested(run)
-    anew = [name for name in rescorable(run, moved) if not tasks or name in tasks] if moved else []
+    known = rescorable(run, moved, ("validation", "test"), ["classification"]) if moved else []
+    anew = [name for name in known if not tasks or name in tasks]
     if rescore_on is None:
         moved |= {name: f"{moved[name]}; --rescore answers its rows anew" for name in anew}
         anew = []

@@ -133,6 +133,10 @@ def compare_texts(old: TextLosses, new: TextLosses, max_drop: float, decides: De
             "compare runs on one base"
         )
     tokens, before, after = np.array(old.tokens), np.array(old.losses), np.array(new.losses)
+    for side, losses in (("OLD", before), ("NEW", after)):
+        if not np.isfinite(losses).all():
+            text = int(np.isfinite(losses).argmin()) + 1
+            raise UserError(f"--general: {side} gives text {text} a loss that is not finite; learn it again (lower lr)")
     if not before.sum() > 0:
         raise UserError("--general: the texts have no token to predict; give longer ones")
     draw = np.random.default_rng(seed)
@@ -163,7 +167,7 @@ def decide(difference: float, low: float, high: float, max_drop: float, decides:
     'fail'
     """
     bound = {"point": difference, "strict": low, "confident": high}[decides]
-    return "fail" if bound < -max_drop - 1e-12 else "pass"
+    return "pass" if bound >= -max_drop - 1e-12 else "fail"  # nan fails
 
 
 def failed(tasks: Sequence[TaskChange], general: TextChange | None) -> list[str]:
@@ -220,7 +224,7 @@ def _only(result: Result, task: str, verdict: Verdict | None, reason: str) -> Ta
 
 def _check_same_data(old: Result, new: Result, task: str) -> None:
     before, after = (result.data.get(task, {}).get("test") for result in (old, new))
-    if before is not None and after is not None and before.sha256 != after.sha256:
+    if before and after and not old.tested_as(new, task):
         raise UserError(
             f"task {task!r}: the test rows differ: OLD has {before.rows} (sha256 {before.sha256[:12]}), NEW "
             f"{after.rows} (sha256 {after.sha256[:12]}); compare runs that were tested on the same rows"

@@ -1,6 +1,6 @@
 """The rows that a run's config.yaml names, answered anew by the versions that answer now."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,12 +54,15 @@ def with_rows(run: Path, store: "Store", config: "StreamConfig", split: str, wat
     return [name for name in names if name in known]
 
 
-def rescorable(run: Path, moved: Iterable[str]) -> list[str]:
-    """Of tasks that do not answer as they were tested those whose rows can be answered anew: no retired, no deleted."""
+def rescorable(run: Path, moved: Iterable[str], splits: Sequence[str], kinds: Collection[str]) -> list[str]:
+    """Of tasks that do not answer as they were tested those whose rows can be answered anew: no retired, no deleted.
+
+    Theirs are the `kinds`, and config.yaml names all `splits` of them.
+    """
     if not (run / "store").is_dir():
         return []
-    named = {task.name for task in RunFolder(run).config().tasks if task.validation and task.test}
-    records = [one for one in open_store(run).tasks() if one.name in moved and one.task.kind == "classification"]
+    named = {task.name for task in RunFolder(run).config().tasks if all(getattr(task, split) for split in splits)}
+    records = [one for one in open_store(run).tasks() if one.name in moved and one.task.kind in kinds]
     return [one.name for one in records if one.name in named]
 
 
@@ -84,18 +87,14 @@ def rescored(run: Path, names: Sequence[str], device: str, watcher: "Watcher") -
     from moecl.review_measure import Pair
     from moecl.review_rows import of_rows
 
-    wanted = [(name, split) for name in names for split in ("validation", "test")]
-    found = answered(run, wanted, device, EXPERT_MEMORY, watcher)
+    splits = splits_of(run, [(name, split) for name in names for split in ("validation", "test")])
+    found = answered_splits(run, splits, device, EXPERT_MEMORY, watcher)
     rows = {key: of_rows(as_rows(answers), f"{' '.join(key)} row") for key, answers in found.items()}
-    records = {record.name: record for record in open_store(run).tasks()}
-    return {name: Pair(rows[name, "validation"], rows[name, "test"], records[name].parts) for name in names}
-
-
-def answered(
-    run: Path, wanted: Sequence[tuple[str, str]], device: str, expert_memory: int | str, watcher: "Watcher"
-) -> "dict[tuple[str, str], Answers]":
-    """What tasks answer now, by task and split of config.yaml; the rows are read before the base is loaded."""
-    return answered_splits(run, splits_of(run, wanted), device, expert_memory, watcher)
+    parts = {record.name: record.parts for record in open_store(run).tasks()}
+    return {
+        name: Pair(rows[name, "validation"], rows[name, "test"], parts[name], splits[name, "test"].sha256)
+        for name in names
+    }
 
 
 def splits_of(run: Path, wanted: Sequence[tuple[str, str]]) -> "dict[tuple[str, str], Split]":

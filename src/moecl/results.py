@@ -123,6 +123,11 @@ class Result(BaseModel):
         text = ",\n".join(f"{json.dumps(key)}: {written[key]}" for key in fields)
         atomic_write(Path(path), f"{{\n{text}\n}}\n".encode())
 
+    def tested_as(self, other: "Result", task: str) -> bool:
+        """Whether both were tested on the same rows of a task, as far as their digests tell."""
+        digests = {one.data[task]["test"].sha256 for one in (self, other) if "test" in one.data.get(task, {})}
+        return len(digests) < 2
+
     def is_about(self, name: str, parts: Mapping[str, str]) -> bool | None:
         """Whether a task that is made of these parts is the one that was tested last; None where it is not known."""
         return None if name not in self.digests else self.digests[name] == dict(parts)

@@ -35,11 +35,12 @@ DRAWS = 10_000  # of the bootstrap
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A task's two splits, and the parts that answered them where they are known."""
+    """A task's two splits; where they are known the parts that answered them, and the sha256 of the test split."""
 
     validation: Scored
     test: Scored
     parts: Mapping[str, str] | None = None
+    tested: str | None = None
 
 
 class Decided(Strict):
@@ -263,7 +264,8 @@ def paired(
         raise TaskError(f"--against: has none of the tasks {', '.join(pairs)}; give a run of the same stream")
     for name in names:
         one, other = pairs[name].test, against[name].test
-        if named_rows(one) != named_rows(other):
+        digests = {pair.tested for pair in (pairs[name], against[name]) if pair.tested}
+        if named_rows(one) != named_rows(other) or len(digests) > 1:
             raise DataError(
                 f"--against: task {name!r}: its test rows or their labels are others; give a run on the same"
             )

@@ -148,13 +148,28 @@ def _scored(labels: tuple[str, ...], rows: dict[int, tuple[str, str, float]]) ->
 
 def of_files(validation: Path, test: Path, name: str) -> dict[str, Pair]:
     """The one task whose splits are in two files. Raises DataError."""
-    return {name: _pair(name, _classified(validation), _classified(test), None)}
+    return {name: _pair(name, _classified(validation), _classified(test))}
 
 
 def _classified(path: Path) -> Scored:
     if (rows := read_scored(path)) is None:
         raise DataError(f"{path}: no scores, as of a generation task; only a classification has thresholds")
     return rows
+
+
+def result_of(run: Path) -> Result:
+    """Raises RunError for what is no finished run."""
+    if not run.is_dir():
+        raise RunError(f"{run}: no such folder; give one that `moecl train STREAM -o RUN` has made")
+    return RunFolder(run).last_result() or Result.load(run / RESULT)
+
+
+def check_names(run: Path, names: Iterable[str]) -> None:
+    """Raise TaskError for a name that is no task of a run."""
+    known = result_of(run).tasks
+    for name in names:
+        if name not in known:
+            raise TaskError(f"--task: {run} has no task {name!r}, only {', '.join(known)}{near(name, known)}")
 
 
 def of_run(
@@ -167,21 +182,9 @@ def of_run(
 
     `moved`: tasks that do not answer as they were tested, and why; `rescored`: those whose rows were answered anew.
 
-    Raises RunError: not a finished run, no predictions; TaskError: no such task; DataError: a faulty row.
+    Raises RunError: not a finished run, no task to review of those there are; DataError: a faulty row.
     """
-    if not run.is_dir():
-        raise RunError(f"{run}: no such folder; give one that `moecl train STREAM -o RUN` has made")
-    result = RunFolder(run).last_result() or Result.load(run / RESULT)
-    if not rescored and not (run / PREDICTIONS).is_dir():
-        raise RunError(
-            f"{run}: has no {PREDICTIONS} folder; learn it with `moecl train` of this version into a new folder, "
-            "or give files with --validation and --test"
-        )
-    for name in names:
-        if name not in result.tasks:
-            raise TaskError(
-                f"--task: {run} has no task {name!r}, only {', '.join(result.tasks)}{near(name, result.tasks)}"
-            )
+    result = result_of(run)
     pairs, skipped = {}, {}
     for name in [task for task in result.tasks if not names or task in names]:
         if name in rescored:
@@ -193,12 +196,18 @@ def of_run(
         if reason := unanswered(run, name):
             skipped[name] = reason
             continue
+        items = result.items.get(name)
+        if items is not None and REVIEW in items.labels:
+            skipped[name] = f"its label {REVIEW!r} is the decision that asks a human"
+            continue
         validation, test = map(read_scored, scored_rows(run, name))
         if validation is None or test is None:
             skipped[name] = "a generation task, which has no thresholds"
         else:
-            pairs[name] = _pair(name, validation, test, result.digests.get(name))
-    if not pairs:
+            tested = result.data.get(name, {}).get("test")
+            digest = None if tested is None else tested.sha256
+            pairs[name] = _pair(name, validation, test, result.digests.get(name), digest)
+    if skipped and not pairs:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise RunError(
             f"{run}: nothing to review ({reasons}); a review needs classification tasks with validation and test rows"
@@ -206,10 +215,12 @@ def of_run(
     return pairs, skipped
 
 
-def _pair(name: str, validation: Scored, test: Scored, parts: Mapping[str, str] | None) -> Pair:
+def _pair(
+    name: str, validation: Scored, test: Scored, parts: Mapping[str, str] | None = None, digest: str | None = None
+) -> Pair:
     if set(validation.labels) != set(test.labels):
         validating, testing = (", ".join(rows.labels) for rows in (validation, test))
         raise DataError(
             f"task {name!r}: the validation rows score {validating}, the test rows {testing}; give one model's"
         )
-    return Pair(validation, test, parts)
+    return Pair(validation, test, parts, digest)

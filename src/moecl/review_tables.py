@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from moecl._markdown import escaped
 from moecl.review import Target
 from moecl.review_measure import Against, Change, ClassReview, Decided, GroupReview, Review
 
@@ -101,11 +102,11 @@ def _changes(against: Against) -> dict[str, Change]:
 
 
 def _change(name: str, found: Change) -> Line:
-    low, high = found.interval
-    difference = f"{100 * found.difference:+.1f} ({100 * low:+.1f}, {100 * high:+.1f})"
+    middle, low, high = (round(100 * share, 1) + 0.0 for share in (found.difference, *found.interval))  # no -0.0
+    difference = f"{middle:+.1f} ({low:+.1f}, {high:+.1f})"
     rates = [percent(one.stripping_rate) for one in (found.a, found.b)]
     precisions = ", ".join(show(one.precision) for one in (found.a, found.b))
-    return Line((name, *rates, difference, f"{found.saved_per_1000:.0f}", precisions))
+    return Line((name, *rates, difference, f"{round(found.saved_per_1000)}", precisions))
 
 
 def slipped_most(found: Change) -> tuple[str, str, str]:
@@ -148,9 +149,9 @@ def percent(value: float | None) -> str:
 
 def markdown(review: Review, title: str, a: str = "A", b: str = "B") -> str:
     """review.md."""
-    parts = [f"# {_escaped(title)}", asked(review.target)]
+    parts = [f"# {escaped(title)}", asked(review.target)]
     for table in tables(review, a, b):
-        rows = [tuple(_escaped(cell) for cell in line.cells) for line in table.lines]
+        rows = [tuple(escaped(cell) for cell in line.cells) for line in table.lines]
         rows = [
             (f"– {first}" if line.inner else f"**{first}**", *rest)
             for line, (first, *rest) in zip(table.lines, rows, strict=True)
@@ -158,12 +159,8 @@ def markdown(review: Review, title: str, a: str = "A", b: str = "B") -> str:
         columns = tuple(" ".join(name.split()) for name in table.columns)
         sides = ("---", *("---:" for _ in table.columns[1:]))
         parts += [
-            f"## {_escaped(table.title)}",
+            f"## {escaped(table.title)}",
             "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, sides, *rows)),
         ]
-    parts += [f"- {_escaped(note)}" for note in notes(review)]
+    parts += [f"- {escaped(note)}" for note in notes(review)]
     return "\n\n".join(parts) + "\n"
-
-
-def _escaped(text: str) -> str:
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")

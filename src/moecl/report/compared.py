@@ -10,6 +10,8 @@ from moecl.report.ranking import items, last_row
 from moecl.report.read import Run
 from moecl.report.words import between, number, p_value, score, signed
 
+OTHER_ROWS = ["other test rows", "-", "-"]
+
 
 def table(runs: Sequence[Run]) -> Table:
     """A run a row; differences to the first, where both were tested on the same rows."""
@@ -38,8 +40,10 @@ def _difference(first: Run, run: Run) -> list[str]:
     cells = [items([one.result]) for one in (run, first)]
     if run is first or not cells[0] or not cells[1]:
         return ["-", "-", "-"]
+    if not all(run.result.tested_as(first.result, task) for task in run.result.tasks):
+        return OTHER_ROWS
     try:
         found = stats.paired(cells[0], cells[1])
     except UserError:  # other tasks, or other rows of them: each run stands for itself
-        return ["other test rows", "-", "-"]
+        return OTHER_ROWS
     return [signed(found.mean), between((found.low, found.high), signed), p_value(found.p)]

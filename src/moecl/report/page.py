@@ -3,12 +3,12 @@
 Both are written from the same blocks, so they have the same numbers. HTML escapes whatever comes from data.
 """
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal
 
+from moecl._markdown import escaped
 from moecl.errors import UserError
 
 MISSING = "not measured"
@@ -97,9 +97,9 @@ def html(page: Page) -> str:
 
 def markdown(page: Page) -> str:
     """The page as Markdown; of figures the caption."""
-    lines = [f"# {_escaped(page.title)}", ""]
+    lines = [f"# {escaped(page.title)}", ""]
     for section in page.sections:
-        lines += [f"{'#' * section.level} {_escaped(section.title)}", ""] if section.title else []
+        lines += [f"{'#' * section.level} {escaped(section.title)}", ""] if section.title else []
         for block in section.blocks:
             lines += [*_markdown(block), ""]
     return "\n".join(lines)
@@ -110,18 +110,18 @@ def _markdown(block: Block) -> list[str]:
         if block.kind == "code":
             return ["```", block.text.replace("```", ""), "```"]
         around = {"headline": "**", "note": "_"}.get(block.kind, "")
-        return [f"{'> ' if block.kind == 'warning' else ''}{around}{_escaped(block.text)}{around}"]
+        return [f"{'> ' if block.kind == 'warning' else ''}{around}{escaped(block.text)}{around}"]
     if isinstance(block, Facts):
         return [
-            f"- {_escaped(name)}: {_escaped(value)}{f' ({_escaped(more)})' if more else ''}"
+            f"- {escaped(name)}: {escaped(value)}{f' ({escaped(more)})' if more else ''}"
             for name, value, more in block.facts
         ]
     if isinstance(block, Figure):
-        return [f"_Plot, in the HTML page: {_escaped(block.caption)}_"]
+        return [f"_Plot, in the HTML page: {escaped(block.caption)}_"]
     rule = [":--" if place == 0 or place in block.words else "--:" for place in range(len(block.columns))]
     rows = [[_mark(cell) for cell in row] for row in block.cells()]
-    lines = [_escaped(block.caption), "", *map(_row, [[*map(_escaped, block.columns)], rule, *rows])]
-    return [*lines, "", f"_{_escaped(block.note)}_"] if block.note else lines
+    lines = [escaped(block.caption), "", *map(_row, [[*map(escaped, block.columns)], rule, *rows])]
+    return [*lines, "", f"_{escaped(block.note)}_"] if block.note else lines
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -129,13 +129,8 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _mark(cell: Cell) -> str:
-    text = _escaped(cell.text)
+    text = escaped(cell.text)
     return f"**{text}**" if cell.mark in ("strong", "learned") and text else text
-
-
-def _escaped(text: str) -> str:
-    """Text that Markdown, and HTML in it, take for nothing but text."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", " ".join(text.split())).replace("&", "&amp;")
 
 
 def _groups(blocks: Sequence[Block]) -> list[tuple[str, list[Any]]]:

@@ -62,8 +62,7 @@ def lines(name: str, alt: str, series: Series, x: str, y: str, ticks: Sequence[s
     if len(series) <= MOST_LINES:
         for place, (xs, ys) in enumerate(series.values()):
             axes.plot(xs, ys, MARKERS[place % 8] + DASHES[place % 4], color=SERIES[place % 6])
-        ends = {label: _end(xs, ys) for label, (xs, ys) in series.items()}
-        _name_ends(axes, {label: end for label, end in ends.items() if end})
+        _name_ends(axes, {label: _end(xs, ys) for label, (xs, ys) in series.items()})
     else:
         _band(axes, series)
     axes.set(xlabel=x, ylabel=y)
@@ -133,16 +132,18 @@ def _end(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float] | None
     return known[-1] if known else None
 
 
-def _name_ends(axes: "Axes", ends: Mapping[str, tuple[float, float]]) -> None:
-    """Names in the margin, pushed apart where two lines end side by side."""
+def _name_ends(axes: "Axes", series: Mapping[str, tuple[float, float] | None]) -> None:
+    """Names in the margin, in the colours of their lines, pushed apart where two end side by side."""
+    colours = {label: SERIES[place % 6] for place, label in enumerate(series)}
+    ends = {label: end for label, end in series.items() if end}
     right = max((x for x, _ in ends.values()), default=0)
     low, high = axes.get_ylim()
     scale = POINTS / (high - low)  # points a unit
     heights = _apart({label: y * scale for label, (_, y) in ends.items()})
-    for place, (label, (x, y)) in enumerate(ends.items()):
+    for label, (x, y) in ends.items():
         offset = (10 if x == right else 6, heights[label] - y * scale)
         axes.annotate(
-            _short(label, 18), (x, y), offset, textcoords="offset points", va="center", color=SERIES[place % 6],
+            _short(label, 18), (x, y), offset, textcoords="offset points", va="center", color=colours[label],
             annotation_clip=False,
         )  # fmt: skip
 

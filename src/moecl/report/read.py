@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from moecl._atomic import is_locked
 from moecl._yaml import dotted
 from moecl.errors import RunError
 from moecl.method_config import fill_settings
 from moecl.results import Result
 from moecl.routing import Routing
-from moecl.run_folder import BENCH, RESULT, RunFolder
+from moecl.run_folder import BENCH, LOCK, RESULT, RunFolder
 
 SCHEMA = 1
 
@@ -154,8 +155,11 @@ def _read_bench(folder: Path) -> Bench:
     if strange := [c for c in bench.cells if c.method not in bench.methods or c.order not in bench.orders]:
         raise RunError(f"{path}: cells: {strange[0].id} is of no method and order of the bench; restore the file")
     results, cells = {}, []
+    stopped = any(cell.status == "running" for cell in bench.cells) and not is_locked(folder / LOCK)
     for cell in bench.cells:
         file = folder / "cells" / cell.id / RESULT
+        if cell.status == "running" and stopped:
+            cell = cell.model_copy(update={"status": "done" if file.is_file() else "waiting"})
         if cell.status == "done" and not file.is_file():
             cell = cell.model_copy(update={"status": "waiting", "reason": f"its {RESULT} is missing"})
         if cell.status == "done":
@@ -202,10 +206,13 @@ def _learns(method: MethodOfBench) -> dict[str, Any]:
 
 
 def _rows(bench: Bench) -> dict[tuple[str, str], str]:
-    """(task, split) -> the sha256 of its rows, as the first finished cell has them."""
-    first = next(iter(bench.results.values()), None)
-    data = {} if first is None else first.data
-    return {(task, name): split.sha256 for task, splits in data.items() for name, split in splits.items()}
+    """(task, split) -> the sha256 of its rows, as the first finished cell of the task has them."""
+    found: dict[tuple[str, str], str] = {}
+    for result in bench.results.values():
+        for task, splits in result.data.items():
+            for name, split in splits.items():
+                found.setdefault((task, name), split.sha256)
+    return found
 
 
 def _merge(benches: Sequence[Bench]) -> Bench:
@@ -216,6 +223,14 @@ def _merge(benches: Sequence[Bench]) -> Bench:
         _add(orders, bench.orders, "order")
         _add(methods, bench.methods, "method")
         methods |= {label: method for label, method in bench.methods.items() if methods[label].tuned is None}
+    places: dict[str, CellOfBench] = {}
+    for cell in (cell for bench in benches for cell in bench.cells):
+        first = places.setdefault(cell.id, cell)
+        if (first.method, first.order) != (cell.method, cell.order):
+            raise RunError(
+                f"cell {cell.id} is of {first.method}, {first.order} in one bench and of {cell.method}, {cell.order} "
+                "in another; give it another name in one, or report apart"
+            )
     results = {id: result for bench in reversed(benches) for id, result in bench.results.items()}
     cells = {cell.id: cell for bench in reversed(benches) for cell in bench.cells if cell.id not in results}
     done = {cell.id: cell for bench in reversed(benches) for cell in bench.cells if cell.status == "done"}

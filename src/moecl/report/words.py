@@ -55,10 +55,10 @@ def points(value: float) -> str:
 def hundredths(value: float) -> str:
     """Of the three digits that tables have.
 
-    >>> hundredths(0.0125), f"{0.0125:.3f}"
-    ('1.3', '0.013')
+    >>> hundredths(0.0125), f"{0.0125:.3f}", hundredths(-0.0002)
+    ('1.3', '0.013', '0.0')
     """
-    return f"{round(value, 3) * 100:.1f}"
+    return f"{round(value, 3) * 100 + 0.0:.1f}"
 
 
 def count(value: float | None) -> str:
