@@ -10,7 +10,15 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from moecl import backbone
-from moecl.backbone import dtype_name, load_backbone, quiet, resolve_device, resolve_precision, weights_sha256
+from moecl.backbone import (
+    batch_tokens,
+    dtype_name,
+    load_backbone,
+    quiet,
+    resolve_device,
+    resolve_precision,
+    weights_sha256,
+)
 from moecl.errors import BaseError, ConfigError
 from tiny import tiny_batch, tiny_model
 
@@ -24,6 +32,10 @@ def test_a_folder_is_loaded(tiny_folder, capfd):
     assert torch.equal(loaded.model(**tiny_batch()).logits, expected(**tiny_batch()).logits)
     assert weights_sha256(loaded.model) == weights_sha256(expected)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_batch_suits_the_device():
+    assert [batch_tokens(device) for device in ("cpu", "cuda:1", "mps")] == [4096, 32768, 8192]
 
 
 @pytest.mark.parametrize(("precision", "name"), [("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")])

@@ -102,7 +102,7 @@ ALLOWED = {
     "bank": {"nn", "data", "store"},
     "model": {"nn", "data", "store", "backbone", "bank"},
     "prefix": {"nn", "data", "store", "backbone", "bank", "model"},
-    "engine": {"nn", "data", "store", "bank", "model", "prefix"},
+    "engine": {"nn", "data", "store", "backbone", "bank", "model", "prefix"},
     "router": {"nn", "data", "store", "bank", "model", "prefix"},
     "export": {"nn", "data", "store", "bank", "engine"},
     "adapter": {"nn", "store", "model"},

@@ -217,6 +217,28 @@ def test_a_plain_loop_learns():
     assert torch.equal(model(**batch, task="a").loss, losses["a"]), "retention is exact"
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_autocast_changes_nothing(dropout):
+    model = learned(dropout=dropout)
+    model.add_task(task("c"))
+    batch, autocast = labelled(tiny_batch()), torch.autocast("cpu", dtype=torch.bfloat16)
+    expected = model.eval()(**batch, task="c")
+    with autocast:
+        found = model(**batch, task="c")
+        few = model(**{key: value[:1, -3:] for key, value in batch.items() if key != "labels"}, task="c").logits
+    assert (found.logits.dtype, few.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(found.loss, expected.loss)
+    expected.loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    with autocast:
+        found.loss.backward()
+        model.train()(**batch, task="c").loss.backward()  # with its adversary
+    model.zero_grad()
+    model.eval()(**batch, task="c").loss.backward()
+    assert all(map(torch.equal, gradients, [p.grad for p in model.parameters() if p.grad is not None]))
+
+
 def test_the_adversary_takes_part_in_training_alone():
     model = MoECL.attach(tiny_model(), MoECLConfig(rank=4))
     for name in "ab":
@@ -368,15 +390,24 @@ def test_samples_of_a_row_keep_its_task(family):
 # --- moving ---
 
 
-def test_the_bank_moves_along():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_bank_moves_along(dtype):
+    """The base alone changes its dtype: what was learned would be rounded for good."""
     model = learned()
     model.add_task(task("c"))
     batch = tiny_batch()
     single = model(**batch, task="a").logits
-    model.double()
-    for entry in model.bank.values():
-        assert {p.dtype for part in entry.parts.modules().values() for p in part.parameters()} == {torch.float64}
-    torch.testing.assert_close(model(**batch, task="a").logits, single.double(), **CLOSE)
+    before = {name: copy.deepcopy(entry.parts.modules()) for name, entry in model.bank.items()}
+    found = model.to(dtype)(**batch, task="a").logits
+    assert found.dtype == dtype
+    if dtype is torch.float64:
+        torch.testing.assert_close(found, single.double(), **CLOSE)
+    for name, entry in model.bank.items():
+        for part, module in entry.parts.modules().items():
+            for one, other in zip(module.parameters(), before[name][part].parameters(), strict=True):
+                assert one.dtype == torch.float32
+                assert torch.equal(one, other)
+    model.train()(**labelled(batch), task="c").loss.backward()
     model.to("meta")
     for entry in model.bank.values():
         assert all(p.is_meta for part in entry.parts.modules().values() for p in part.parameters())

@@ -60,3 +60,15 @@ def test_what_thresholds_do_not_decide_is_for_a_human(store, moecl, tmp_path, by
     assert [one["task"] for one in found] == ["mood", "write", None]
     assert [one.pop("decision") for one in found] == [plain[0]["label"], "review", "review"]
     assert found == plain
+    Thresholds(target=Target.of(0.9, None), tasks={}).save(tmp_path / "none.json")
+    found = lines(moecl(*asked, "--thresholds", tmp_path / "none.json", stdin=b"happy\n"))
+    assert found == [plain[0] | {"decision": "review"}], "a review may have left a task out"
+
+
+def test_a_row_that_its_task_cannot_read_takes_no_others_answer(store, moecl, by_word):
+    rows = b'{"text": "happy", "label": "bad"}\n{"prompt": "happy", "label": "bad"}\n'
+    read, unread = lines(moecl("predict", store, "--task", "auto", stdin=rows))
+    assert (read["task"], read["true"]) == ("mood", "bad")
+    assert unread == {"label": None, "scores": {}, "task": "mood", "version": 1} | {
+        key: read[key] for key in ("route", "familiar")
+    }

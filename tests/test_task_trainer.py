@@ -185,6 +185,11 @@ def test_several_gpus_are_not_used_at_once(tmp_path, monkeypatch):
     assert (arguments.device.type, arguments.n_gpu, arguments.train_batch_size) == ("meta", 1, 8)
 
 
+def test_precision_is_what_the_stream_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert OneDevice(output_dir=str(tmp_path)).mixed_precision == "no"
+
+
 def test_only_what_the_method_trains_moves(tmp_path):
     trial = Trial(weight_decay=0.5)
     before = {name: tensor.clone() for name, tensor in trial.model.base.state_dict().items()}

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,30 @@ def test_another_base_on_the_way(tmp_path, tiny_folder, monkeypatch):
     write_other_base(base, tiny_folder)
     with pytest.raises(BaseError, match="not on this one"):
         learn(config, tmp_path / "run")
+
+
+def test_a_run_that_was_begun_on_another_device(tmp_path, tiny_folder, monkeypatch):
+    config = stream(tmp_path / "s", tiny_folder, train=QUICK)
+    interrupted(config, tmp_path / "run", monkeypatch)
+    settled = tmp_path / "run" / "config.yaml"
+    settled.write_text(settled.read_text().replace("device: cpu", "device: cuda:9"))
+    with pytest.raises(
+        ConfigError, match=r"config.yaml: train.device: 'cuda:9' .*; use auto or cpu there: the run was"
+    ):
+        learn(config, tmp_path / "run")
+    settled.write_text(settled.read_text().replace("cuda:9", "auto"))
+    assert learn(config, tmp_path / "run").resumed == 1
+
+
+def test_a_training_that_was_over_when_it_was_killed_counts_once(tmp_path, tiny_folder, monkeypatch):
+    config = stream(tmp_path / "s", tiny_folder, tasks=1, rows=8, train=QUICK)
+    trained = session_module.learn_task
+    monkeypatch.setattr(session_module, "learn_task", lambda *of, **more: replace(trained(*of, **more), earlier=1e6))
+    with monkeypatch.context() as patch:
+        patch.setattr(MoECLMethod, "finish", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            learn(config, tmp_path / "run")
+    assert 1e6 < learn(config, tmp_path / "run").seconds < 2e6
 
 
 def test_rows_that_change_on_the_way(tmp_path, tiny_folder, monkeypatch):

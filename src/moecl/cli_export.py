@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from moecl.cli_options import Device, Run
+from moecl.cli_options import Device, RunOrStore
 from moecl.errors import ConfigError, near
 from moecl.terminal import quietly
 
@@ -23,7 +23,7 @@ out, err = Console(), Console(stderr=True)
 
 
 def export(
-    run: Run,
+    run: RunOrStore,
     task: Annotated[str, typer.Argument(metavar="NAME", help="A task; NAME@VERSION or NAME@ALIAS, too.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="The folder to make.")],
     kind: Annotated[str, typer.Option("--as", metavar="KIND", help="peft-expert or static-lora.")],

@@ -390,7 +390,7 @@ def _validated(model: type[_Config], document: Document) -> _Config:
 
 def anchored(config: StreamConfig) -> StreamConfig:
     """A stream made in Python, its relative paths from the working folder of now, as a run goes on from any."""
-    return stream_in(_yaml.parse(dump_stream(config), "stream"), Path.cwd() / "stream.yaml")
+    return stream_in(Document("stream", config.model_dump(exclude_none=True)), Path.cwd() / "stream.yaml")
 
 
 def anchored_task(task: TaskConfig) -> TaskConfig:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moecl._sizes import KV_MEMORY, parse_size
+from moecl.backbone import batch_tokens as default_batch_tokens
 from moecl.bank import Entry, find
 from moecl.config import Task
 from moecl.data.encode import Encoded, Encoder, token_batches
@@ -32,7 +33,6 @@ from moecl.scoring import Likelihood, answered, token_logprobs
 
 __all__ = ["Engine", "Entry", "GateUse", "Prediction", "Request", "Trie"]
 
-BATCH_TOKENS = 4096  # padding included, where nothing else was resolved
 MAX_ROWS = 128
 MAX_LENGTH = 512
 ANSWER_ROOM = 32  # tokens kept free for an answer; what is longer is written beyond max_length
@@ -70,7 +70,8 @@ class Engine:
         prefixes: Prefixes | None = None,
         kv_memory: int | str = KV_MEMORY,
     ) -> None:
-        """`kv_memory`: bytes, or "256MiB", for keys and values of texts that were written; 0 keeps none.
+        """`batch_tokens`: of a batch, padding included; by default what suits the device. `kv_memory`: bytes, or
+        "256MiB", for keys and values of texts that were written; 0 keeps none.
 
         A prompt that begins like one of them under the same expert of a store is read from there on: the same text but
         for rounding, which then depends on what was asked before.
@@ -80,7 +81,7 @@ class Engine:
             raise BaseError("base: no tokenizer; give Engine(model, tokenizer=...)")
         self.model, self.tokenizer = model, found
         self.bank = model.bank if bank is None else bank
-        self.batch_tokens = batch_tokens or BATCH_TOKENS
+        self.batch_tokens = batch_tokens or default_batch_tokens(model.device.type)
         self.prefixes = prefixes  # for answers of one forward; a KV cache needs every layer
         self.kv = KVPrefixes(parse_size(kv_memory, "kv_memory", zero=True))
         self.longest: dict[tuple[str, str], int] = {}  # tokens of a split's longest answer, which evaluation asks for

@@ -167,7 +167,7 @@ def draw(logits: Tensor, sampling: Sampling, draws: torch.Generator) -> int:
     By the inverse of the cumulated probability in the order of the vocabulary: rounding, which depends on the batch,
     changes the choice only where the draw falls on an edge.
     """
-    logits = logits.double().cpu()
+    logits = logits.cpu().double()  # in this order: an Apple GPU has no doubles
     p = ((logits - logits.max()) / sampling.temperature).softmax(0)  # no temperature is so low that these overflow
     if sampling.top_p < 1:
         ranked, order = p.sort(descending=True, stable=True)

@@ -28,7 +28,7 @@ from moecl.bank import OURS, Bank, Entry, carried, check_same_base, find, fittin
 from moecl.config import Task
 from moecl.errors import BaseError, ConfigError, StoreError, TaskError
 from moecl.method_config import MoECLConfig
-from moecl.nn.call import Call, Parts, run_with
+from moecl.nn.call import Call, Parts, no_autocast, run_with
 from moecl.nn.forms import tensors, to_tensors
 from moecl.nn.gated import GatedLearner
 from moecl.nn.inject import Injected
@@ -115,7 +115,10 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
     # Learning
 
     def add_task(self, task: Task) -> None:
-        """Open a task: fresh trainable parts, the former task's frozen. Raises TaskError if the name is taken."""
+        """Open a task: fresh trainable parts, the former task's frozen. Raises TaskError if the name is taken.
+
+        `warm_start: nearest` is for `ContinualTrainer`, which has rows to choose by: here a task begins from zero.
+        """
         if task.name in self.bank:
             raise TaskError(f"task {task.name!r} is there already; choose another name")
         if task.kind == "classification" and not task.labels:
@@ -186,6 +189,7 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
 
     # Running
 
+    @no_autocast()
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -199,7 +203,8 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
     ) -> Any:
         """input_ids, attention_mask [B, T]; prefix [B, T, D]: these texts' `Injected.prefix`, which is then not run.
 
-        `bank` is asked for the tasks in the place of the model's own.
+        `bank` is asked for the tasks in the place of the model's own. torch.autocast changes nothing: load the base in
+        bfloat16 instead (`precision="bf16"`).
 
         Without labels: the base's own output, with all logits. With labels [B, T] (-100 where no loss is wanted): a
         `MoECLOutput` whose logits are those of the answer tokens alone. For tasks with a classifier head, labels are
@@ -300,9 +305,16 @@ class MoECL(nn.Module, ModelHubMixin, library_name="moecl", tags=["continual-lea
         return self.base
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the bank along: its frozen parts are no parameters of the model."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.bank.apply(fn)
+        """Move the bank along, whose frozen parts are no parameters of the model; the base alone changes its dtype."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+        self.base._apply(fn)  # type: ignore[no-untyped-call]
+        if self.learner is not None:
+            self.learner._apply(moved)  # type: ignore[no-untyped-call]
+        self.bank.apply(moved)
         return self
 
     # On disk

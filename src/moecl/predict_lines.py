@@ -11,7 +11,7 @@ from moecl._yaml import TABLES
 from moecl.config import AUTO
 from moecl.errors import DataError, MoECLError, TaskError
 from moecl.review import REVIEW, TaskThresholds, Thresholds, decide, rounded
-from moecl.using import levels_of, load, open_store, router_of
+from moecl.using import load, open_store, router_of, served_levels
 
 if TYPE_CHECKING:
     from moecl.engine import Engine, Prediction
@@ -71,7 +71,7 @@ def routed_answers(
 ) -> Iterator[list[dict[str, Any]]]:
     """The same where nobody says which task: lines also have the task that answered, and what decided it."""
     records = {one.name: one for one in store.tasks()}
-    levels = None if thresholds is None else levels_of(records.values(), thresholds)
+    levels = None if thresholds is None else served_levels(store, thresholds)
     with rows_of(file) as rows:
         first = next(rows, None)
         if first is None:
@@ -83,7 +83,7 @@ def routed_answers(
         engine, router = Engine(model), router_of(model, store)
         for chunk in chunks(chain([first], rows), 1 if file is None and sys.stdin.isatty() else STEP):
             yield [
-                routed_answer(one, records, true_label(row, engine, one.route.task), levels)
+                routed_answer(one, records, true_label(row, engine, one), levels)
                 for one, (_, row) in zip(predict(engine, router, chunk, max_tokens), chunk, strict=True)
             ]
 
@@ -91,10 +91,14 @@ def routed_answers(
 def routed_answer(
     found: "Routed", records: Mapping[str, "TaskRecord"], true: str | None, levels: Mapping[str, TaskThresholds] | None
 ) -> dict[str, Any]:
-    """A line of `moecl predict --task auto`; with thresholds what they do not decide is left to a human."""
+    """A line of `moecl predict --task auto`; with thresholds what they do not decide is left to a human.
+
+    No label where no task is found, or where the one that is cannot read the row.
+    """
     task = found.route.task
     if task is None or found.prediction is None:
-        line: dict[str, Any] = {"label": None, "scores": {}, "task": None, "version": None}
+        version = None if task is None else records[task].version
+        line: dict[str, Any] = {"label": None, "scores": {}, "task": task, "version": version}
     else:
         line = answer(found.prediction, records[task], true, (levels or {}).get(task))
     if levels is not None:
@@ -103,13 +107,13 @@ def routed_answer(
     return {**line, "route": shares, "familiar": familiar}
 
 
-def true_label(row: str | Mapping[str, Any], engine: "Engine", task: str | None) -> str | None:
+def true_label(row: str | Mapping[str, Any], engine: "Engine", found: "Routed") -> str | None:
     """A row's own label, where it is one of its task's."""
-    if task is None or isinstance(row, str):
+    if found.route.task is None or found.prediction is None or isinstance(row, str):
         return None
     from moecl.data.task import example
 
-    return example(row, engine.bank[task].task).label
+    return example(row, engine.bank[found.route.task].task).label
 
 
 def answer(

@@ -11,7 +11,7 @@ from moecl.bank import Entry
 from moecl.config import Task
 from moecl.data.encode import Encoded, Encoder, collate
 from moecl.data.task import Example, example
-from moecl.errors import TaskError
+from moecl.errors import DataError, TaskError
 from moecl.model import MoECL, TaskNames
 from moecl.nn.call import Call, Parts
 
@@ -56,6 +56,14 @@ def places(names: Iterable[str]) -> dict[str, list[int]]:
 
 def as_example(row: Row, task: Task, where: str) -> Example:
     return row if isinstance(row, Example) else example(row, task, where)
+
+
+def readable(row: Row, task: Task, where: str) -> Example | None:
+    """The same of a task that was found for a row: None where it cannot read it."""
+    try:
+        return as_example(row, task, where)
+    except DataError:
+        return None
 
 
 def left_padded(

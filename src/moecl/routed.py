@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moecl.config import Task
-from moecl.data.task import Example, Split, example, text_alone, text_of_any
+from moecl.data.task import Example, Split, text_alone, text_of_any
 from moecl.discriminant import LEAST_TASKS
 from moecl.engine import Engine, Prediction
-from moecl.errors import DataError
 from moecl.evaluate import Answers, answer_task, prompts
 from moecl.metrics import ANSWER_METRICS
+from moecl.request import readable
 from moecl.router import Route, Router
 from moecl.routing import Point, Routing, TaskRouting
 
@@ -23,7 +23,7 @@ NOTHING = ""  # the answer of a row of no task, which no label equals
 
 @dataclass(frozen=True)
 class Routed:
-    """A row's route, and its answer: None where it is for no task."""
+    """A row's route, and its answer: None where it is for no task, or for one that cannot read it."""
 
     route: Route
     prediction: Prediction | None
@@ -35,13 +35,16 @@ def predict(
     rows: Sequence[tuple[str, str | Mapping[str, Any]]],
     max_new_tokens: int | None = None,
 ) -> list[Routed]:
-    """rows: (where it is from, a text or a row's fields). Raises DataError for a row that its task cannot read."""
+    """rows: (where it is from, a text or a row's fields). Raises DataError for a row without any task's fields."""
     tasks = [engine.bank[name].task for name in router.tasks]
     routes = router.route([text_of_any(row, tasks, where) for where, row in rows])
-    named = [(route.task, where, row) for route, (where, row) in zip(routes, rows, strict=True) if route.task]
-    examples = [example(row, engine.bank[name].task, where) for name, where, row in named]
-    answers = iter(engine.predict(examples, [name for name, _, _ in named], max_new_tokens))
-    return [Routed(route, next(answers) if route.task else None) for route in routes]
+    read: dict[int, tuple[str, Example]] = {}
+    for place, (route, (where, row)) in enumerate(zip(routes, rows, strict=True)):
+        if route.task and (found := readable(row, engine.bank[route.task].task, where)):
+            read[place] = route.task, found
+    answers = engine.predict([row for _, row in read.values()], [task for task, _ in read.values()], max_new_tokens)
+    given = dict(zip(read, answers, strict=True))
+    return [Routed(route, given.get(place)) for place, route in enumerate(routes)]
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,7 @@ def answered(engine: Engine, examples: Sequence[Example], elsewhere: Mapping[int
 
 def as_read(row: Example, task: Task) -> Example | None:
     fields: dict[str, Any] = {"messages": list(row.messages)} if row.messages is not None else row.fields
-    try:
-        return example(fields, task, row.where)
-    except DataError:
-        return None
+    return readable(fields, task, row.where)
 
 
 def summed(router: Router, name: str, seen: Seen) -> TaskRouting:

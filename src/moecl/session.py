@@ -20,20 +20,30 @@ from moecl.data.task import TaskData, load_task_data, overlaps, read_split, text
 from moecl.data.tokens import MOST_BYTES as TOKEN_BYTES
 from moecl.data.tokens import encode_split
 from moecl.engine import Engine
-from moecl.errors import AssetError, DataError, RunError
+from moecl.errors import AssetError, ConfigError, DataError, RunError
 from moecl.evaluate import Answers, answer_task, prompts
 from moecl.evidence import Evidence
 from moecl.methods.base import Finished, Method
 from moecl.prefix import prefixes
 from moecl.results import Items, Result, SplitInfo
 from moecl.router import KeptFeatures, Statistics
-from moecl.run_folder import RunFolder
+from moecl.run_folder import CONFIG, RunFolder
 from moecl.settled import attach, attach_method, check_heads, resolve, trackers
 from moecl.start import Start, Starts
 from moecl.store import ROUTER, Store, TaskRecord
 from moecl.task_trainer import Learned, learn_task
 
 PACKAGES = ("moecl", "torch", "transformers", "accelerate", "safetensors", "numpy")
+
+
+def resolved(config: StreamConfig, folder: RunFolder, watcher: Watcher) -> StreamConfig:
+    """What is left to the machine settled. Raises ConfigError where a run was begun on a device that is not here."""
+    try:
+        return resolve(config, watcher)
+    except ConfigError as error:
+        if not folder.exists():
+            raise
+        raise ConfigError(f"{folder.path / CONFIG}: train.{error} there: the run was begun elsewhere") from error
 
 
 class Session:
@@ -44,7 +54,7 @@ class Session:
     ) -> None:
         self.started, self.expert_memory = time.monotonic(), expert_memory
         self.folder, self.watcher = folder, watcher
-        self.config = resolve(config, watcher)
+        self.config = resolved(config, folder, watcher)
         self.progress = Progress(**folder.progress())
         self.trackers = trackers(self.config.train.report_to, watcher)
         train = self.config.train
@@ -238,7 +248,8 @@ class Session:
             tell=lambda step, steps, figures: self.watcher.training(course.name, step, steps, figures),
             trackers=[make(self.folder, course.name) for make in self.trackers],
         )
-        self.earlier += learned.earlier  # of the process that was killed while it learned this
+        if courses[-1].name not in self.progress.details:  # else it was counted when the process was killed after this
+            self.earlier += learned.earlier  # of the process that was killed while it learned this
         self.progress.seconds = self.earlier + time.monotonic() - self.started
         seconds = (learned.earlier + time.monotonic() - begun) / len(courses)
         for one in courses:

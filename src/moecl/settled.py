@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import torch
 from transformers import TrainerCallback
 
-from moecl.backbone import Backbone, resolve_device, resolve_precision
+from moecl.backbone import Backbone, batch_tokens, resolve_device, resolve_precision
 from moecl.config import StreamConfig, Task
 from moecl.course import Watcher
 from moecl.errors import ConfigError
@@ -15,9 +15,6 @@ from moecl.methods import make_method
 from moecl.methods.base import Method
 from moecl.model import MoECL
 from moecl.run_folder import RunFolder
-
-EVAL_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
-OTHER_BATCH_TOKENS = 8192
 
 
 def resolve(config: StreamConfig, watcher: Watcher) -> StreamConfig:
@@ -31,8 +28,7 @@ def resolve(config: StreamConfig, watcher: Watcher) -> StreamConfig:
         "device": device,
         "precision": precision,
         "threads": train.threads or torch.get_num_threads(),
-        "eval_batch_tokens": train.eval_batch_tokens
-        or EVAL_BATCH_TOKENS.get(device.partition(":")[0], OTHER_BATCH_TOKENS),
+        "eval_batch_tokens": train.eval_batch_tokens or batch_tokens(device),
     }
     return config.model_copy(update={"train": train.model_copy(update=settled)})
 

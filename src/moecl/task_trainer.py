@@ -165,6 +165,10 @@ class OneDevice(TrainingArguments):
 
     base_device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.mixed_precision = "no"  # whatever ACCELERATE_MIXED_PRECISION says: train.precision is what is recorded
+
     @cached_property
     def _setup_devices(self) -> torch.device:
         TrainingArguments._setup_devices.func(self)  # type: ignore[attr-defined]

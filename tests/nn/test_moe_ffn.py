@@ -178,6 +178,9 @@ def test_mixed_batch_equals_rows_one_by_one(family, side, forms):
             with run_with(Call((parts[task],))):
                 alone = base(**{key: value[row : row + 1] for key, value in batch.items()}).logits
             torch.testing.assert_close(mixed[row][real[row]], alone[0][real[row]], **TOLERANCE[torch.float32])
+        with run_with(Call(parts, rows).of(torch.tensor([0]))):  # of one form alone
+            some = base(**{key: value[:1] for key, value in batch.items()}).logits
+        torch.testing.assert_close(some[0][real[0]], mixed[0][real[0]], **TOLERANCE[torch.float32])
     assert torch.equal(mixed[1], bare[1]), "a row of no task is the base, bitwise"
     assert not torch.equal(mixed[0], bare[0])
 

@@ -68,6 +68,29 @@ def test_a_task_of_two_fields_that_writes(browser, tmp_path, tiny_folder, monkey
         assert page.inner_text("#answer .note") == f"{told['usage']['completion_tokens']} tokens"
 
 
+def test_a_task_that_reads_chats(browser, tmp_path, tiny_folder):
+    with live(make_store(tmp_path, tiny_folder, "write told")) as server, browser.new_context() as context:
+        server.service.library.engine.tokenizer.chat_template = "<{{ messages[-1]['content'] }}>"
+        page = context.new_page()
+        page.goto(server.url)
+        page.fill("#field-prompt", "a great movie")
+        said = []
+        for path, wish in (
+            ("completions", {"prompt": "a great movie"}),
+            ("chat/completions", {"messages": [{"role": "user", "content": "a great movie"}]}),
+        ):
+            with page.expect_response(f"**/v1/{path}"):
+                page.click("#go")
+            page.wait_for_selector("#go:not([disabled])")
+            choice = server.post(f"/v1/{path}", model="write", **wish).json()["choices"][0]
+            said.append(choice.get("text") or choice["message"]["content"])
+            assert page.text_content("#answer .label") == said[-1]
+            page.check("#chat")
+        assert said[0] != said[1]
+        page.select_option("#task", "told")
+        assert not page.is_visible("#chat"), "it has words of its own"
+
+
 def contrast(page: Page, what: str) -> float:
     """WCAG's ratio of an element's colour to what lies behind it."""
     colours = page.eval_on_selector(

@@ -287,6 +287,8 @@ def test_a_task_that_writes_classifies_nothing(server):
         ("classify", {"model": "mood", "input": ["\ud800"]}, "input[0]", "unicode"),
         ("completions", {"model": "write", "prompt": "x", "n": 2}, "n", "should be 1"),
         ("completions", {"model": "write", "prompt": [1, 2]}, "prompt[0]", "should"),
+        ("completions", {"model": "write", "prompt": "x", "stop": ""}, "stop", "should have at least 1 character"),
+        ("completions", {"model": "write", "prompt": "x", "stop": ["a"] * 5}, "stop", "at most 4 items, not 5"),
         ("completions", {"model": "write", "prompt": "x", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ("completions", {"model": "write", "prompt": "x", "max_tokens": 9999}, "max_tokens", "is more than 1024"),
         (

@@ -6,7 +6,7 @@ the `Call` of the model call under way. There is no active task to forget to res
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -128,6 +128,16 @@ class Call:
         return torch.tensor([parts is None for parts in self.parts], device=self.rows.device)[self.spread(count)]
 
 
+@contextmanager
+def no_autocast() -> Iterator[None]:
+    """Outside of torch.autocast: the base is in the dtype that it was loaded in, what is trained in float32."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 _current: ContextVar[Call | None] = ContextVar("moecl_call", default=None)
 
 
@@ -139,7 +149,8 @@ def current_call() -> Call | None:
 def run_with(call: Call | None) -> Iterator[None]:
     token = _current.set(call)
     try:
-        yield
+        with no_autocast():
+            yield
     finally:
         _current.reset(token)
 

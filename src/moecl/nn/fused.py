@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moecl.nn.call import no_autocast
 from moecl.nn.ffn import FFN
 
 BLOCK_BYTES = 5 << 19  # of one [tokens, F] intermediate on a CPU: in its caches, and reused by malloc
@@ -172,6 +173,7 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @no_autocast()
     def backward(ctx, dy: Tensor, _: Tensor, dm: Tensor) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
         x, low, low_d, b, A_in, B_in, A_d, B_d, *pre = ctx.saved_tensors
         packed, nested = Packed(A_in, B_in, A_d, B_d, ctx.nested), ctx.nested

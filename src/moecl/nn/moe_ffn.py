@@ -129,7 +129,8 @@ class MoEFFN:
         y = torch.zeros_like(x)
         for form in forms:
             chosen, some = call.only(len(x), lambda parts, form=form: type(parts) is form, form)  # type: ignore[misc]
-            y[chosen] = form.run(self.ffn, self.layer, x[chosen], some)
+            if len(chosen):  # a part of the batch may have no row of this form
+                y[chosen] = form.run(self.ffn, self.layer, x[chosen], some)
         return y
 
 

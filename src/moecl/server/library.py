@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moecl._sizes import KV_MEMORY
-from moecl.config import AUTO
+from moecl.config import AUTO, Task
 from moecl.data.task import template
 from moecl.engine import Engine
 from moecl.errors import MoECLError, StoreError, TaskError
@@ -73,6 +73,7 @@ class Snapshot:
             kind=task.kind,
             labels=list(task.labels or ()),
             fields=list(dict.fromkeys(template(task.instruction).names)),
+            chats=reads_chats(task),
             metric=task.metric,
             score=None if result is None else result.score_of(record.name, record.version, record.parts),
             expert=expert(record),
@@ -177,6 +178,11 @@ def mark(path: Path) -> Mark | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def reads_chats(task: Task) -> bool:
+    """Whether a chat is read whole, through the base's template: the task writes, and has no words of its own."""
+    return task.kind == "generation" and template(task.instruction).literals == ("", "")
 
 
 def expert(record: TaskRecord) -> str:

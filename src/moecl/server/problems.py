@@ -1,6 +1,7 @@
 """What goes wrong, as OpenAI's error objects: its official client raises its own exceptions for them."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,10 +77,10 @@ def from_validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "too_short":
         return ApiError(400, f"{param}: is empty; give one at least", param=param)
     found = "" if isinstance(first["input"], dict | list) else f", not {first['input']!r:.80}"
-    wanted = first["msg"].removeprefix("Input should be ")
+    wanted = re.sub(r"^\w+ should ", "", first["msg"]).replace(" after validation", "")
     if isinstance(first["input"], dict) and first["type"] == "string_type":
-        wanted = "a string; objects go into a list"
-    return ApiError(400, f"{param}: should be {wanted}{found}", param=param)
+        wanted = "be a string; objects go into a list"
+    return ApiError(400, f"{param}: should {wanted}{found}", param=param)
 
 
 def place(keys: Sequence[Any]) -> str:

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Finish = Literal["stop", "length"]
 Name = Annotated[str, Field(min_length=1, max_length=200, description="a task's name, or auto")]
-Text = Annotated[str, Field(max_length=1 << 20)]
+Text = Annotated[str, Field(min_length=0)]  # with a length to check, halves of surrogate pairs are refused, too
 Fields = dict[str, str | int | float | bool]  # of a row, as the instruction names them
 
 
@@ -217,6 +217,7 @@ class TaskInfo(Said):
     kind: str
     labels: list[str]
     fields: list[str]
+    chats: bool = Field(description="whether it reads a whole chat, through the base's template")
     metric: str
     score: float | None
     expert: str
@@ -259,6 +260,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "not a request that is served",
         401: "no key, or a wrong one",
+        403: "not from here: the Host is not this server's",
         404: "no such model",
         408: "the request came too slowly",
         413: "the request is too large",

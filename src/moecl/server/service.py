@@ -14,10 +14,10 @@ from moecl.data.task import Example, template, text_of_any
 from moecl.engine import MAX_LENGTH
 from moecl.errors import DataError, StoreError
 from moecl.generation import Completion, Piece, Sampling
-from moecl.request import Prediction, Request, as_example
+from moecl.request import Prediction, Request, as_example, readable
 from moecl.review import REVIEW, decide, rounded
 from moecl.router import Route
-from moecl.server.library import Library, Snapshot, expert
+from moecl.server.library import Library, Snapshot, expert, reads_chats
 from moecl.server.metrics import Metrics
 from moecl.server.pieces import Pieces
 from moecl.server.problems import ApiError, from_ours
@@ -132,12 +132,14 @@ class Service:
     ) -> tuple[list[Classified], int]:
         names, routes = await self._names(now, model, rows)
         records = [None if name is None else self._record(now, name) for name in names]
-        read = {place: one for place, one in enumerate(records) if one is not None and one.task.kind != "generation"}
-        if model != AUTO and not read:
+        asked = {place: one for place, one in enumerate(records) if one is not None and one.task.kind != "generation"}
+        if model != AUTO and not asked:
             raise ApiError(400, f"model: {model!r} writes text; ask /v1/completions", param="model")
-        examples = [as_example(rows[place], one.task, f"row {place + 1}") for place, one in read.items()]
-        requests = await self._encoded(now, examples, [str(names[place]) for place in read])
-        answers = dict(zip(read, await self._read(requests, gates), strict=True))
+        read = readable if model == AUTO else as_example  # who names a task knows what it reads
+        found_of = {place: read(rows[place], one.task, f"row {place + 1}") for place, one in asked.items()}
+        examples = {place: row for place, row in found_of.items() if row is not None}
+        requests = await self._encoded(now, list(examples.values()), [str(names[place]) for place in examples])
+        answers = dict(zip(examples, await self._read(requests, gates), strict=True))
         data = []
         for place, one in enumerate(records):
             found, use = answers.get(place, (None, None))
@@ -317,8 +319,7 @@ def as_row(record: TaskRecord, asked: Asked) -> Row:
     if len(names) > 1:
         said = f"messages: a chat fills one field, not {', '.join(names)}; give objects as prompt to /v1/completions"
         raise ApiError(400, said, param="messages")
-    whole = task.kind == "generation" and template(task.instruction).literals == ("", "")
-    if not whole:
+    if not reads_chats(task):
         return last_of_user(asked)
     turns = [{"role": "system" if turn.role == "developer" else turn.role, "content": turn.text} for turn in asked]
     if turns[-1]["role"] == "assistant":

@@ -1,5 +1,6 @@
 """What `moecl serve` was asked for."""
 
+import math
 import re
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -33,7 +34,6 @@ class Settings:
     body_bytes: int = 1 << 20
     max_tokens: int = 1024
     reload_seconds: float = 1.0
-    stop_seconds: int = 30
     log_texts: bool = False
 
     def __post_init__(self) -> None:
@@ -56,6 +56,11 @@ class Settings:
             raise ConfigError(
                 f"--host {self.host}: others can reach it; give --api-key FILE or MOECL_API_KEYS, or leave --host out"
             )
+
+    @property
+    def stop_seconds(self) -> int:
+        """How long what was taken may take to end once the server is told to."""
+        return math.ceil(self.timeout) + 1
 
     @property
     def loopback(self) -> bool:

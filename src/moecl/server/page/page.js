@@ -62,7 +62,9 @@ function who(task, version, expert) {
 function classified(found) {
   const parts = [];
   if (found.label === null) {
-    const none = found.task === null ? "No task is known for this text" : `${found.task} writes texts: choose it above`;
+    const writes = run.tasks.some((task) => task.name === found.task && task.kind === "generation");
+    const none = found.task === null ? "No task is known for this text"
+      : `${found.task} ${writes ? "writes texts" : "reads more than one field"}: choose it above`;
     parts.push(make("p", { className: "label" }, none));
   } else {
     parts.push(make("p", { className: "label" }, found.label));
@@ -84,7 +86,7 @@ function classified(found) {
 
 function written(found) {
   const [, name, version, expert] = found.system_fingerprint.match(/^(.*)-v(\d+)-([0-9a-f]+)$/);
-  const text = found.choices[0].text;
+  const text = found.choices[0].text ?? found.choices[0].message.content;
   return [make("p", { className: "label" }, text || "(an empty text)"), who(name, version, expert),
     make("p", { className: "note" }, `${found.usage.completion_tokens} tokens`)];
 }
@@ -105,7 +107,9 @@ async function answer(event) {
   find("go").disabled = true;
   try {
     const parts = task && task.kind === "generation"
-      ? written(await ask("v1/completions", { model, prompt: [asked(task)] }))
+      ? written(await (task.chats && find("chat").checked
+        ? ask("v1/chat/completions", { model, messages: [{ role: "user", content: asked(task) }] })
+        : ask("v1/completions", { model, prompt: [asked(task)] })))
       : classified((await ask("v1/classify", { model, input: [asked(task)], gates: true })).data[0]);
     find("answer").replaceChildren(...parts);
   } catch (error) {
@@ -122,6 +126,7 @@ function showFields() {
     make("label", { htmlFor: `field-${name}` }, name === "text" ? "Text" : name),
     make("textarea", { id: `field-${name}`, required: true }),
   ]);
+  find("as-chat").hidden = !(task && task.chats);
   find("fields").replaceChildren(...nodes);
 }
 
