@@ -216,14 +216,31 @@ def test_a_close_race_is_called_so(tmp_path):
     assert "They have one order in common." in said
 
 
-def test_where_another_leads_moe_cl_is_held_against_its_best_rival(tmp_path):
-    folder = write_bench(tmp_path / "b", methods=("moe-cl", "ewc"), orders=("order1",), seeds=(0,))
-    caption = "moe-cl less its best rival"
-    assert caption not in page(make([folder])).tables, "the leader is held against all"
+def swap(folder: Path) -> None:
+    """What MoE-CL and EWC reach in the first cell."""
     paths = [folder / "cells" / f"{label}.order1.s0" / "result.json" for label in ("moe-cl", "ewc")]
     ours, theirs = (json.loads(path.read_text()) for path in paths)
     for path, swapped, method in zip(paths, (theirs, ours), ("moe-cl", "ewc"), strict=True):
         path.write_text(json.dumps(swapped | {"method": method}))
+
+
+def test_who_is_ahead_on_few_cells_is_told_with_how_sure_that_is(tmp_path):
+    missing = [
+        ("ewc", order, seed, "waiting", None) for order in ORDERS for seed in (0, 1) if (order, seed) != ("order1", 0)
+    ]
+    folder = write_bench(tmp_path / "b", methods=("moe-cl", "ewc"), troubles=missing)
+    swap(folder)
+    said = page(make([folder])).said
+    assert re.search(
+        r"ewc is \S+ points ahead of moe-cl on the 1 cell that both have \(95% interval \S+ to \S+ points\)", said
+    )
+
+
+def test_where_another_leads_moe_cl_is_held_against_its_best_rival(tmp_path):
+    folder = write_bench(tmp_path / "b", methods=("moe-cl", "ewc"), orders=("order1",), seeds=(0,))
+    caption = "moe-cl less its best rival"
+    assert caption not in page(make([folder])).tables, "the leader is held against all"
+    swap(folder)
     found = page(make([folder])).tables
     assert found[caption][1][2] == "-" + found["ewc, the leader, less each other method"][1][2].lstrip("+")
 

@@ -69,15 +69,15 @@ def beside(found: Sequence[Standing]) -> Iterator[Text]:
     for one in found:
         if first is None or one is first or (versus := compare(first, one)) is None:
             continue
+        sure = f" (95% interval {_points(versus.sure, versus.mean < 0)})" if versus.sure else ""
         if one.rehearsal_free:
             if versus.mean < 0:
-                both = several(versus.cells, "cell")
-                yield Text(f"{one.label} is {points(versus.mean)} ahead of {first.label} on the {both} that both have.")
+                both = f"on the {several(versus.cells, 'cell')} that both have"
+                yield Text(f"{one.label} is {points(versus.mean)} ahead of {first.label} {both}{sure}.")
             continue
         how = KEEPS_DATA[one.method]
         on = f" on the {several(versus.cells, 'cell')} that both have" if versus.cells < len(first.results) else ""
         what = "the bound, no rival" if one.method == BOUND else "not rehearsal-free"
-        sure = f" (95% interval {_points(versus.sure, versus.mean < 0)})" if versus.sure else ""
         yield Text(
             f"{one.label} ({what}: {how}) reaches {score(one.mean)}; {first.label} is "
             f"{points(versus.mean)} {'above' if versus.mean >= 0 else 'below'} it{on}{sure}."
