@@ -412,10 +412,8 @@ class Bench:
 
     def as_record(self) -> dict[str, Any]:
         """bench.json."""
-        streams = {
-            label: (self._kept(label) or {}).get("stream") or self._described(label, self._stream(label))
-            for label in self.config.methods
-        }
+        methods = {label: self._method_record(label) for label in self.config.methods}
+        streams = {label: method["stream"] for label, method in methods.items()}
         base = next(iter(streams.values()))["base"]
         return {
             "schema": SCHEMA,
@@ -424,7 +422,7 @@ class Bench:
             "orders": self.config.orders,
             "seeds": self.config.seeds,
             "threads": self.threads,
-            "methods": {label: self._method_record(label, stream) for label, stream in streams.items()},
+            "methods": methods,
             "protocol": protocol(streams, self.cells),
             "cells": [
                 {
@@ -444,8 +442,11 @@ class Bench:
         known = cell.label not in self.tuned and (cell.folder / RESULT).is_file()
         return "done" if known and cell.status == "waiting" else cell.status
 
-    def _method_record(self, label: str, stream: dict[str, Any]) -> dict[str, Any]:
-        return self._kept(label) or {
+    def _method_record(self, label: str) -> dict[str, Any]:
+        if label not in self.tuned and self._begun(label) and (before := self._recorded(label)):
+            return before  # until the new trials of a grown grid are over: its cells are of the smaller one's choice
+        stream = self._described(label, self._stream(label))
+        return {
             "method": self.config.method(label),
             "settings": {key: value for key, value in stream["method"].items() if key != "name"},
             "tune": self._tune(label),
@@ -453,8 +454,3 @@ class Bench:
             "trained_parameters": self.parameters.get(label),
             "stream": stream,
         }
-
-    def _kept(self, label: str) -> dict[str, Any] | None:
-        """What was recorded of a method whose grid has grown, until its new trials are over: its cells are of that."""
-        unsettled = label not in self.tuned and self._begun(label)
-        return self._recorded(label) or None if unsettled else None

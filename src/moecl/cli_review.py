@@ -90,7 +90,8 @@ def gathered(
     if run is not None:
         if validation or test:
             raise ConfigError(f"--{'validation' if validation else 'test'}: is for rows without a run; leave {run} out")
-        check_names(run, tasks)
+        if tasks:
+            check_names(run, tasks)
         return answers_of(run, tasks, rescore_on)
     if rescore_on is not None:
         raise ConfigError("--rescore: needs a run, whose tasks answer the rows; give its folder")

@@ -136,8 +136,11 @@ class Service:
         if model != AUTO and not asked:
             raise ApiError(400, f"model: {model!r} writes text; ask /v1/completions", param="model")
         read = readable if model == AUTO else as_example  # who names a task knows what it reads
-        found_of = {place: read(rows[place], one.task, f"row {place + 1}") for place, one in asked.items()}
-        examples = {place: row for place, row in found_of.items() if row is not None}
+        examples = {
+            place: row
+            for place, one in asked.items()
+            if (row := read(rows[place], one.task, f"row {place + 1}")) is not None
+        }
         requests = await self._encoded(now, list(examples.values()), [str(names[place]) for place in examples])
         answers = dict(zip(examples, await self._read(requests, gates), strict=True))
         data = []
