@@ -125,8 +125,12 @@ class Result(BaseModel):
 
     def tested_as(self, other: "Result", task: str) -> bool:
         """Whether both were tested on the same rows of a task, as far as their digests tell."""
-        digests = {one.data[task]["test"].sha256 for one in (self, other) if "test" in one.data.get(task, {})}
-        return len(digests) < 2
+        return len({one.test_rows(task) for one in (self, other)} - {None}) < 2
+
+    def test_rows(self, task: str) -> str | None:
+        """The sha256 of the rows that a task was tested on, where it is known."""
+        tested = self.data.get(task, {}).get("test")
+        return None if tested is None else tested.sha256
 
     def is_about(self, name: str, parts: Mapping[str, str]) -> bool | None:
         """Whether a task that is made of these parts is the one that was tested last; None where it is not known."""

@@ -264,7 +264,7 @@ def paired(
         raise TaskError(f"--against: has none of the tasks {', '.join(pairs)}; give a run of the same stream")
     for name in names:
         one, other = pairs[name].test, against[name].test
-        digests = {pair.tested for pair in (pairs[name], against[name]) if pair.tested}
+        digests = {pair.tested for pair in (pairs[name], against[name])} - {None}
         if named_rows(one) != named_rows(other) or len(digests) > 1:
             raise DataError(
                 f"--against: task {name!r}: its test rows or their labels are others; give a run on the same"

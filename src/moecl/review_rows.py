@@ -204,9 +204,7 @@ def of_run(
         if validation is None or test is None:
             skipped[name] = "a generation task, which has no thresholds"
         else:
-            tested = result.data.get(name, {}).get("test")
-            digest = None if tested is None else tested.sha256
-            pairs[name] = _pair(name, validation, test, result.digests.get(name), digest)
+            pairs[name] = _pair(name, validation, test, result.digests.get(name), result.test_rows(name))
     if skipped and not pairs:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise RunError(
@@ -216,11 +214,11 @@ def of_run(
 
 
 def _pair(
-    name: str, validation: Scored, test: Scored, parts: Mapping[str, str] | None = None, digest: str | None = None
+    name: str, validation: Scored, test: Scored, parts: Mapping[str, str] | None = None, tested: str | None = None
 ) -> Pair:
     if set(validation.labels) != set(test.labels):
         validating, testing = (", ".join(rows.labels) for rows in (validation, test))
         raise DataError(
             f"task {name!r}: the validation rows score {validating}, the test rows {testing}; give one model's"
         )
-    return Pair(validation, test, parts, digest)
+    return Pair(validation, test, parts, tested)
